@@ -1,0 +1,45 @@
+# make setup        .venv with the Python at hand (3.11 or newer) and everything installed
+# make quickstart   the whole life of a small model on this machine, offline
+# make test         the whole suite on 8 simulated devices     make test-slow   the long proofs
+# make lint         ruff                                       make bench       speed against peers
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/installed
+CONFIG = --config=configs/quickstart.py
+
+.PHONY: setup quickstart test test-slow smoke lint bench clean
+
+setup: $(STAMP)
+
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .[test,dev]
+	@touch $@
+
+quickstart: setup
+	$(BIN)/python -m data.prepare $(CONFIG)
+	$(BIN)/python -m train.pretrain $(CONFIG)
+	$(BIN)/python -m infer.decode $(CONFIG)
+	$(BIN)/python -m infer.bench $(CONFIG)
+
+test: setup
+	$(BIN)/python -m pytest --durations=10
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow --durations=10
+
+smoke: setup
+	$(BIN)/python -m pytest -m smoke
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup
+	$(BIN)/python -m bench.train
+
+clean:
+	rm -rf $(VENV) runs

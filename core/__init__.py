@@ -1,0 +1,1 @@
+"""Configuration, sharding, checkpoints, metrics. Knows nothing of models or data."""

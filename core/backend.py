@@ -1,0 +1,53 @@
+"""Which devices JAX will see, decided before it starts its backend."""
+
+import glob
+import importlib.util
+import logging
+import os
+
+import jax
+
+log = logging.getLogger("cakrawala")
+
+
+def prepare(simulate: int = 0) -> None:
+    """Sets the platform: `simulate` CPU devices, or what this machine has.
+
+    Call it once, before the first array. JAX_PLATFORMS from the environment wins.
+    """
+    if simulate:
+        os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", simulate)
+    elif "JAX_PLATFORMS" not in os.environ and not has_tpu() and importlib.util.find_spec("libtpu"):
+        # libtpu beside a CPU or GPU (extra `aot`) would be asked for a TPU at every start.
+        os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+        jax.config.update("jax_platforms", "cuda,cpu" if has_gpu() else "cpu")
+
+
+def has_tpu() -> bool:
+    """Whether this machine has TPU chips attached."""
+    return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU and JAX its plugin."""
+    plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+    return bool(glob.glob("/dev/nvidia[0-9]*")) and any(map(importlib.util.find_spec, plugins))
+
+
+def join() -> None:
+    """Joins the other processes: on a TPU pod always, elsewhere when the environment says so.
+
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them, as in a test of two
+    CPU processes on one machine.
+    """
+    environment = os.environ
+    if "JAX_COORDINATOR_ADDRESS" in environment:
+        jax.distributed.initialize(
+            environment["JAX_COORDINATOR_ADDRESS"],
+            int(environment["JAX_NUM_PROCESSES"]),
+            int(environment["JAX_PROCESS_ID"]),
+        )
+    elif has_tpu():
+        jax.distributed.initialize()

@@ -1,0 +1,203 @@
+"""The schema of experiments: frozen dataclasses, checked when built, edited as a ConfigDict.
+
+A config file returns `editable(Experiment(...))`; the command line edits that; `freeze` turns
+it back into the same dataclasses and checks every name, type and range:
+
+    config = editable(Experiment(name="debug", train=TrainConfig(steps=100)))
+    config.train.steps = 200
+    experiment = freeze(config)
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import ml_collections
+
+T = TypeVar("T")
+_CLASS = "_class"  # key under which an editable section remembers its dataclass
+
+
+class UserError(ValueError):
+    """A mistake of the user: entry points print the message alone and exit with 2."""
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    doc: str = "",
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A field with its meaning and its range: `low` and `high` included, `above` not."""
+    metadata = dict(doc=doc, low=low, high=high, above=above)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Base of every part of a config: checks types and ranges, then its own `check`."""
+
+    def __post_init__(self):
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = convert(hints[field.name], getattr(self, field.name), field.name)
+            _check_range(field, value)
+            object.__setattr__(self, field.name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Raises UserError when fields contradict each other; sections override it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One experiment. Every command takes the same one and reads the sections it needs."""
+
+    name: str
+    workdir: str = ""
+    data: Any = None
+    model: Any = None
+    mesh: Any = None
+    train: Any = None
+    decode: Any = None
+    score: Any = None
+    bench: Any = None
+
+    def __post_init__(self):
+        if not self.workdir:
+            object.__setattr__(self, "workdir", f"runs/{self.name}")
+
+
+def sections(experiment: Experiment) -> dict[str, Section]:
+    """The sections that this experiment fills, by name."""
+    values = {f.name: getattr(experiment, f.name) for f in dataclasses.fields(experiment)}
+    return {name: value for name, value in values.items() if isinstance(value, Section)}
+
+
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the annotation `hint` asks; UserError that names `where`, value and type.
+
+    Accepts what JSON and the command line give: an int for a float, a list for a tuple, a
+    mapping for a Section.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is typing.Literal:
+        if value in args:
+            return value
+        raise UserError(f"{where}={value!r} is not one of {', '.join(map(repr, args))}")
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if isinstance(hint, type) and issubclass(hint, Section) and isinstance(value, Mapping):
+        return build(hint, value, where)
+    if hint is float and type(value) is int:
+        return float(value)
+    expected = origin or hint
+    if isinstance(value, expected) and not (isinstance(value, bool) and expected is not bool):
+        return value
+    name = str(hint) if origin else expected.__name__
+    raise UserError(f"{where}={value!r} is {type(value).__name__}, but it must be {name}")
+
+
+def _check_range(field: dataclasses.Field, value: Any) -> None:
+    low, high, above = (field.metadata.get(key) for key in ("low", "high", "above"))
+    if value is None or (low is None and high is None and above is None):
+        return
+    for number in value if isinstance(value, tuple) else (value,):
+        too_low = (low is not None and number < low) or (above is not None and number <= above)
+        if not too_low and (high is None or number <= high):
+            continue
+        limits = [f">= {low}"] * (low is not None) + [f"> {above}"] * (above is not None)
+        limits += [f"<= {high}"] * (high is not None)
+        raise UserError(
+            f"{field.name}={value!r} is out of range: it must be {' and '.join(limits)}"
+        )
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """A dataclass from a mapping; errors carry the dotted path of the field."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    prefix = f"{where}." if where else ""
+    for name in values:
+        if name not in fields:
+            raise UserError(unknown_field(prefix + name, name, fields))
+    missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
+    if missing:
+        raise UserError(f"{prefix}{missing[0]} is missing: {cls.__name__} needs a value for it")
+    hints = typing.get_type_hints(cls)
+    values = {name: convert(hints[name], value, prefix + name) for name, value in values.items()}
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise UserError(f"{prefix}{error}") from None
+
+
+def unknown_field(path: str, name: str, valid: typing.Iterable[str]) -> str:
+    """The message for a misspelled field: names the nearest valid one, or lists them all."""
+    near = difflib.get_close_matches(name, valid, n=1)
+    if near:
+        return f"{path} is not a field; did you mean {path[: -len(name)]}{near[0]}?"
+    return f"{path} is not a field; the fields are {', '.join(sorted(valid))}"
+
+
+def editable(experiment: Experiment) -> ml_collections.ConfigDict:
+    """A ConfigDict to edit; each section keeps its dataclass for `freeze`."""
+    config = ml_collections.ConfigDict(type_safe=False)
+    for field in dataclasses.fields(experiment):
+        value = getattr(experiment, field.name)
+        if isinstance(value, Section):
+            values = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+            values[_CLASS] = type(value)
+            value = ml_collections.ConfigDict(values, type_safe=False).lock()
+        config[field.name] = value
+    return config.lock()
+
+
+def freeze(config: ml_collections.ConfigDict) -> Experiment:
+    """The checked, immutable experiment that `config` describes."""
+    values = dict(config.items())
+    for name, value in values.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            fields = dict(value.items())
+            values[name] = build(fields.pop(_CLASS), fields, name)
+    return build(Experiment, values)
+
+
+def to_dict(value: Any) -> Any:
+    """Plain dicts, lists and numbers, ready for JSON; empty sections are left out."""
+    if dataclasses.is_dataclass(value):
+        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        keep_none = isinstance(value, Section)
+        return {name: to_dict(v) for name, v in pairs if keep_none or v is not None}
+    if isinstance(value, tuple):
+        return [to_dict(item) for item in value]
+    return value
+
+
+def to_json(experiment: Experiment) -> str:
+    """JSON that `from_json` reads back to an equal experiment."""
+    return json.dumps(to_dict(experiment), indent=2) + "\n"
+
+
+def from_json(text: str, **classes: type[Section]) -> Experiment:
+    """An experiment with the sections named in `classes`; the others are left out.
+
+    A reader names only what it needs: `from_json(text, model=ModelConfig)`.
+    """
+    values = json.loads(text)
+    kept = {name: v for name, v in values.items() if name in classes or not isinstance(v, dict)}
+    for name, cls in classes.items():
+        if name in kept:
+            kept[name] = build(cls, kept[name], name)
+    return build(Experiment, kept)

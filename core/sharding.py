@@ -1,0 +1,141 @@
+"""Where arrays live: the mesh (data, seq, model) and the rules from logical to mesh axes.
+
+    mesh = make_mesh(MeshConfig(data=-1, model=2))
+    with jax.set_mesh(mesh):
+        rules = training()
+        rules("batch", "length", "act_embed")   # PartitionSpec("data", "seq", None)
+
+Mesh axes are Explicit: a sharding mistake is an error on the line at fault, while tracing.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from core.config import Section, UserError, setting
+
+AXES = ("data", "seq", "model")
+Strategy = Literal["auto", "local", "allgather"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(Section):
+    """How the devices are laid out, and how attention crosses them."""
+
+    simulate: int = setting(0, "simulated CPU devices; 0 takes the real ones", low=0)
+    data: int = setting(-1, "devices over the batch and FSDP; -1 is the rest", low=-1)
+    seq: int = setting(1, "devices over the length (context parallel); -1 is the rest", low=-1)
+    model: int = setting(1, "devices over heads, MLP and vocabulary; -1 is the rest", low=-1)
+    strategy: Strategy = setting("auto", "how keys reach queries when seq > 1")
+    layout: Literal["auto", "contiguous"] = setting("auto", "order of the length over seq")
+
+    def check(self) -> None:
+        sizes = self.data, self.seq, self.model
+        if 0 in sizes:
+            raise UserError(f"data, seq, model = {sizes}: an axis has 1 device or more, or -1")
+        if sizes.count(-1) > 1:
+            raise UserError(f"data, seq, model = {sizes}: at most one axis may be -1")
+
+
+def axis_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
+    """Sizes of (data, seq, model) that use every device; UserError if they cannot."""
+    sizes = config.data, config.seq, config.model
+    fixed = math.prod(size for size in sizes if size != -1)
+    if num_devices % fixed or (-1 not in sizes and fixed != num_devices):
+        raise UserError(
+            f"mesh data, seq, model = {sizes} does not divide {num_devices} devices: "
+            f"set one axis to -1, or mesh.simulate={fixed} to try it on a CPU"
+        )
+    return tuple(num_devices // fixed if size == -1 else size for size in sizes)
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh over all devices; several slices split `data` between them (hybrid ICI/DCN)."""
+    devices = jax.devices()
+    sizes = axis_sizes(config, len(devices))
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if num_slices == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    if sizes[0] % num_slices:
+        raise UserError(f"mesh.data={sizes[0]} is not a multiple of the {num_slices} slices")
+    grid = mesh_utils.create_hybrid_device_mesh(
+        (sizes[0] // num_slices, *sizes[1:]), (num_slices, 1, 1), devices
+    )
+    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+MeshAxes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """The mesh axis (or axes) of each logical axis. A variation is a `dataclasses.replace`.
+
+    Weights are FSDP-sharded over `data` and `seq` along `embed`, and gathered when used;
+    heads, MLP and vocabulary are split over `model`, so their activations are too.
+    """
+
+    vocab: MeshAxes = "model"
+    embed: MeshAxes = ("data", "seq")
+    heads: MeshAxes = "model"
+    kv_heads: MeshAxes = "model"
+    head_dim: MeshAxes = None
+    mlp: MeshAxes = "model"
+    layers: MeshAxes = None
+
+    batch: MeshAxes = "data"
+    length: MeshAxes = "seq"
+    kv_length: MeshAxes = None
+    act_embed: MeshAxes = None
+    act_heads: MeshAxes = "model"
+    act_kv_heads: MeshAxes = "model"
+    act_mlp: MeshAxes = "model"
+    act_vocab: MeshAxes = "model"
+
+    strategy: Strategy = "auto"
+
+    def __call__(self, *names: str | None) -> PartitionSpec:
+        """The PartitionSpec of an array whose dims have these logical names (None: whole)."""
+        known = {f.name for f in dataclasses.fields(self)} - {"strategy"}
+        for name in names:
+            if name is not None and name not in known:
+                raise ValueError(
+                    f"{name!r} is no logical axis; they are {', '.join(sorted(known))}"
+                )
+        spec = PartitionSpec(*(getattr(self, name) if name else None for name in names))
+        flat = self.axes(*filter(None, names))
+        if len(flat) != len(set(flat)):
+            raise ValueError(f"{names} -> {spec} uses a mesh axis twice")
+        return spec
+
+    def axes(self, *names: str) -> tuple[str, ...]:
+        """The mesh axes of these logical axes, one after the other."""
+        entries = (getattr(self, name) or () for name in names)
+        return tuple(
+            a for entry in entries for a in ((entry,) if isinstance(entry, str) else entry)
+        )
+
+    def size(self, name: str) -> int:
+        """Number of shards of the logical axis `name` on the mesh in use."""
+        shape = jax.sharding.get_abstract_mesh().shape
+        return math.prod(shape[axis] for axis in self.axes(name))
+
+
+def training(strategy: Strategy = "auto") -> Rules:
+    """FSDP over data and seq, tensor parallel over model, context over seq."""
+    return Rules(strategy=strategy)
+
+
+def decoding() -> Rules:
+    """Rows over data and seq, heads over model; weights are whole but for the model axis."""
+    return Rules(embed=None, batch=("data", "seq"), length=None, strategy="local")
+
+
+def whole() -> Rules:
+    """Everything on every device."""
+    fields = {f.name: None for f in dataclasses.fields(Rules)}
+    return Rules(**{**fields, "strategy": "local"})

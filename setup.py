@@ -1,0 +1,46 @@
+"""Packaging of the distribution `cakrawala`.
+
+pip install -e .            laptop, CPU
+pip install -e .[tpu]       Cloud TPU VM
+pip install -e .[gpu]       NVIDIA GPU
+"""
+
+from setuptools import setup
+
+PACKAGES = ["configs", "core", "data", "infer", "model", "model.attention", "train"]
+
+setup(
+    name="cakrawala",
+    version="0.1.0",
+    description="Long-context language models in JAX: how far can this model see, how fast, "
+    "and at what cost?",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=PACKAGES,
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "numpy>=2.0",
+        "tensorflow-datasets>=4.9.10",
+        "importlib_resources>=6",  # tensorflow-datasets imports it without asking for it
+        "grain>=0.2.18",
+        "array-record>=0.8.3",
+        "pyarrow>=17",
+        "sentencepiece>=0.2.1",
+        "ml-collections>=1.1",
+        "absl-py>=2.1",
+        "rich>=13",
+        "matplotlib>=3.9",
+        "safetensors>=0.5",
+        "tensorboardX>=2.6.4",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "gpu": ["jax[cuda13]"],
+        "aot": ["libtpu"],
+        "test": ["pytest>=8", "hypothesis>=6"],
+        "dev": ["ruff>=0.14"],
+    },
+)

@@ -1,0 +1,4 @@
+"""Raw text -> curated documents -> tokens -> shuffled, resumable batches.
+
+python -m data.prepare --config=configs/quickstart.py
+"""

@@ -1,0 +1,51 @@
+"""The `data` section of an experiment: where its text comes from and how it is tokenised.
+
+DataConfig(source="files", files=("books/**/*.txt",), vocab_size=8192)
+"""
+
+import dataclasses
+from typing import Literal
+
+from core.config import Section, UserError, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(Section):
+    """What `python -m data.prepare` reads; training reads only what that wrote."""
+
+    source: Literal["stdlib", "files", "tfds"] = setting(
+        "stdlib", "stdlib (of this Python, needs no network), files, or tfds (a prepared dataset)"
+    )
+    files: tuple[str, ...] = setting(
+        (), "globs for source=files: .txt .md .py .jsonl .parquet, or these .gz; ** is recursive"
+    )
+    text_field: str = setting("text", "the field that holds the text in jsonl, parquet and tfds")
+    tfds_name: str = setting("", "dataset name for source=tfds, as in tfds.builder(name)")
+    tfds_dir: str = setting(
+        "", "its data_dir, or the folder that holds dataset_info.json (then no name is needed)"
+    )
+    tfds_split: str = setting("train", "the split to read, as in train[:10%]")
+    limit_documents: int = setting(0, "read only the first so many documents (0 = all)", low=0)
+    validation_fraction: float = setting(
+        0.05, "share of the documents kept for validation, chosen by hash of the text", above=0
+    )
+    vocab_size: int = setting(
+        4096, "pieces of the tokenizer, its 4 marks and 256 bytes included", low=262
+    )
+    tokenizer_bytes: int = setting(
+        16_000_000, "bytes of text, taken evenly, that train the tokenizer", low=1
+    )
+    shard_tokens: int = setting(
+        100_000_000, "tokens in a shard file; a longer document has a shard to itself", low=1
+    )
+
+    def check(self) -> None:
+        if self.validation_fraction >= 1:
+            raise UserError(
+                f"validation_fraction={self.validation_fraction} leaves nothing to train on: "
+                "it must be < 1"
+            )
+        if self.source == "files" and not self.files:
+            raise UserError("files=() is empty, but source='files' needs at least one glob")
+        if self.source == "tfds" and not (self.tfds_name or self.tfds_dir):
+            raise UserError("tfds_name='' is empty, but source='tfds' needs tfds_name or tfds_dir")

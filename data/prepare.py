@@ -1,0 +1,190 @@
+"""Prepares the data of an experiment: raw text -> tokenizer and tokenised shards.
+
+    python -m data.prepare --config=configs/quickstart.py
+
+Writes WORKDIR/data: tokenizer/, train-*.bin, validation-*.bin, manifest.json. The directory
+appears when all of it is there; running again replaces it.
+"""
+
+import dataclasses
+import gzip
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from core import cli
+from core.config import Experiment, UserError, to_dict
+from data import store, tokenizer
+from data.config import DataConfig
+from data.curate import REMOVED, Text, curate
+from data.sample import Sample
+from data.sources import documents
+
+SPLITS = ("train", "validation")
+ENCODE_BYTES = 4_000_000  # of text at a time: enough to share lines, little beside the rest
+
+
+def main(experiment: Experiment) -> dict[str, Any]:
+    """Prepares `experiment.data` into WORKDIR/data; returns the manifest."""
+    began = time.perf_counter()
+    target = Path(experiment.workdir, "data")
+    partial = target.with_name("data.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir(parents=True)
+    console = Console(stderr=True)
+    try:
+        # Disabled, or it would end with a blank line in a log.
+        quiet = not console.is_terminal
+        with Progress(console=console, transient=True, disable=quiet) as progress:
+            manifest = build(experiment.data, partial, progress)
+        replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    console.print(summary(manifest))
+    lines = f"{remarks(manifest)}\n{time.perf_counter() - began:.1f} s, in {target}"
+    console.print(lines, markup=False, highlight=False, soft_wrap=True)
+    return manifest
+
+
+def build(config: DataConfig, directory: Path, progress: Progress) -> dict[str, Any]:
+    """Writes everything into `directory`; returns the manifest."""
+    found = survey(config, progress)
+    task = progress.add_task("training the tokenizer", total=None)
+    model = tokenizer.train(found.sample.texts(), config.vocab_size, directory / "tokenizer")
+    progress.update(task, total=1, completed=1)
+
+    task = progress.add_task("encoding", total=found.num_bytes)
+    dtype = store.token_dtype(model.vocab_size)
+    writers = {s: store.Writer(directory, s, dtype, config.shard_tokens) for s in SPLITS}
+    counts, gzip_bytes = Counter(), 0
+    for group in grouped(curate(documents(config), counts)):
+        for item, ids in zip(group, model.encode_batch([t.text for t in group]), strict=True):
+            split = item.split(config.validation_fraction)
+            tokens = np.concatenate([[model.bos], ids, [model.eos]])
+            writers[split].add(item.id, tokens, item.num_bytes)
+            if split == "validation":
+                gzip_bytes += len(gzip.compress(item.text.encode(), 9))
+            progress.advance(task, item.num_bytes)
+
+    splits = {split: writer.close() for split, writer in writers.items()}
+    manifest = dict(
+        config=to_dict(config),
+        documents=tally(counts),
+        tokenizer=model.fingerprint,
+        vocab_size=model.vocab_size,
+        dtype=dtype.name,
+        bytes_per_token=_total(splits, "bytes") / _total(splits, "tokens"),
+        gzip_bits_per_byte=8 * gzip_bytes / splits["validation"]["bytes"],
+        splits=splits,
+    )
+    store.write_manifest(directory, manifest)
+    return manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What a first pass over the documents finds."""
+
+    num_bytes: int  # of text that is kept
+    sample: Sample  # of the training documents: the tokenizer may not see the others
+
+
+def survey(config: DataConfig, progress: Progress) -> Survey:
+    """Reads all documents once. UserError when there are too few to split."""
+    task = progress.add_task("reading", total=None)
+    sample, counts, num_bytes, fractions = Sample(config.tokenizer_bytes), Counter(), 0, []
+    for item in curate(documents(config), counts):
+        num_bytes += item.num_bytes
+        fractions.append(item.fraction)
+        if item.split(config.validation_fraction) == "train":
+            sample.add(item.text)
+        progress.update(task, advance=1)
+    progress.update(task, total=1, completed=1)
+    if len(fractions) < 2:
+        dropped = ", ".join(f"{counts[kind]} {kind}" for kind in REMOVED if counts[kind])
+        raise UserError(
+            f"data.source={config.source!r} gave {len(fractions)} usable documents of "
+            f"{counts['in']} read{f' ({dropped})' if dropped else ''}: give at least two, "
+            "one to train on and one to validate on"
+        )
+    _check_split(config.validation_fraction, sorted(fractions))
+    return Survey(num_bytes, sample)
+
+
+def _check_split(fraction: float, drawn: list[float]) -> None:
+    """Each document has a number drawn from its text; those below `fraction` validate."""
+    number = f"data.validation_fraction={fraction} leaves no document of {len(drawn)} to"
+    steps = 10**6  # the fraction proposed has six digits, rounded to the side that works
+    if drawn[0] >= fraction:
+        fits = (math.floor(drawn[0] * steps) + 1) / steps
+        raise UserError(f"{number} validate on: set it to {fits:.6f} or more, or add documents")
+    if drawn[-1] < fraction:
+        fits = math.floor(drawn[-1] * steps) / steps
+        raise UserError(f"{number} train on: set it to {fits:.6f} or less, or add documents")
+
+
+def grouped(texts: Iterable[Text]) -> Iterator[list[Text]]:
+    """Groups of consecutive texts of about ENCODE_BYTES."""
+    group, num_bytes = [], 0
+    for text in texts:
+        group.append(text)
+        num_bytes += text.num_bytes
+        if num_bytes >= ENCODE_BYTES:
+            yield group
+            group, num_bytes = [], 0
+    if group:
+        yield group
+
+
+def tally(counts: Counter) -> dict[str, Any]:
+    """Documents read, kept, and removed by reason: read = kept + the sum of removed."""
+    removed = {kind: counts[kind] for kind in REMOVED}
+    return {"in": counts["in"], "kept": counts["kept"], "removed": removed}
+
+
+def _total(splits: dict[str, Any], key: str) -> int:
+    return sum(split[key] for split in splits.values())
+
+
+def replace(partial: Path, target: Path) -> None:
+    """Gives the finished directory its name; what was there before goes last."""
+    old = target.with_name("data.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def summary(manifest: dict[str, Any]) -> Table:
+    """The table that the command ends with."""
+    table = Table("split", *("documents", "MB", "tokens", "bytes/token"), box=box.SIMPLE)
+    for name, split in manifest["splits"].items():
+        ratio = split["bytes"] / split["tokens"]
+        numbers = f"{split['documents']:,}", f"{split['bytes'] / 1e6:.2f}", f"{split['tokens']:,}"
+        table.add_row(name, *numbers, f"{ratio:.3f}")
+    return table
+
+
+def remarks(manifest: dict[str, Any]) -> str:
+    """The lines below the table: what was removed, and what a compressor makes of the text."""
+    documents = manifest["documents"]
+    removed = ", ".join(f"{number} {kind}" for kind, number in documents["removed"].items())
+    return (
+        f"{documents['in']:,} documents = {documents['kept']:,} kept + {removed}\n"
+        f"gzip -9 of validation: {manifest['gzip_bits_per_byte']:.3f} bits per byte"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__, data=DataConfig)

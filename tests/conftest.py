@@ -1,0 +1,66 @@
+"""Every test runs on 8 simulated CPU devices; shapes that broadcast by accident raise."""
+
+import atexit
+import contextlib
+import os
+import shutil
+import tempfile
+
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+# A program that several tests (or the processes they start) run is compiled once a session.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax-cache-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+import jax
+import numpy as np
+import pytest
+import train_cases
+from absl import flags
+
+from core import sharding
+from data import prepare
+from train import pretrain
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # grain reads absl flags
+
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2)]
+
+
+def make_mesh(sizes):
+    """An Explicit mesh of `sizes` over the first devices."""
+    explicit = (jax.sharding.AxisType.Explicit,) * len(sharding.AXES)
+    devices = jax.devices()[: int(np.prod(sizes))]
+    return jax.make_mesh(sizes, sharding.AXES, axis_types=explicit, devices=devices)
+
+
+@pytest.fixture
+def one_device():
+    """The mesh (1, 1, 1), in use."""
+    with jax.set_mesh(make_mesh((1, 1, 1))) as mesh:
+        yield mesh
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A workdir with the prepared data of `train_cases.experiment`. Copy it before you train."""
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "texts").mkdir()
+    train_cases.write_texts(folder / "texts")
+    with contextlib.chdir(folder):
+        prepare.main(train_cases.experiment(folder / "run"))
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def finished(prepared, tmp_path_factory):
+    """A workdir in which `train_cases.experiment` was trained to its end, on 8 devices."""
+    workdir = train_cases.copy(prepared, tmp_path_factory.mktemp("finished") / "run")
+    pretrain.main(train_cases.experiment(workdir))
+    return workdir

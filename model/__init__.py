@@ -1,0 +1,1 @@
+"""The transformer: attention, blocks, caches."""

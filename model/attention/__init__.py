@@ -1,0 +1,1 @@
+"""Attention: what is seen (spec), where keys meet queries (attend), how (kernels)."""

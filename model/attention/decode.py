@@ -1,0 +1,95 @@
+"""New queries over a cache: key blocks in a loop as long as the cache is full, merged by lse."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from core.sharding import Rules
+from model.attention.spec import Mask, Where
+
+BLOCK = 512  # keys a step: scores of one query and 32 heads stay in cache
+
+
+class Stored(NamedTuple):
+    """One layer's view of a stacked cache; the layers are not copied apart."""
+
+    k_LBKSH: jax.Array
+    v_LBKSH: jax.Array
+    positions_BS: jax.Array  # int32; -1 where nothing is stored
+    layer: jax.Array  # int32, which of the L layers
+    live: jax.Array  # int32, slots 0..live-1 may hold something
+
+    @staticmethod
+    def sharding(rules: Rules) -> "Stored":
+        """The PartitionSpec of each field."""
+        kv = rules(None, "batch", "act_kv_heads", "kv_length", None)
+        return Stored(kv, kv, rules("batch", "kv_length"), PartitionSpec(), PartitionSpec())
+
+
+def forward(
+    q_BTNH: jax.Array, cache: Stored, q_at: Where, mask: Mask, *, scale: float, softcap: float
+) -> tuple[jax.Array, jax.Array]:
+    """(out [B, T, N, H] float32, lse [B, T, N] float32) over the stored keys alone."""
+    B, T, N, H = q_BTNH.shape
+    _, _, K, S, _ = cache.k_LBKSH.shape
+    block = min(BLOCK, S)
+    q_BKGTH = jnp.moveaxis((q_BTNH * scale).reshape(B, T, K, N // K, H), 1, 3)
+
+    def step(i, carry):
+        out_BKGTH, max_BKGT, sum_BKGT = carry
+        start = jnp.minimum(i * block, S - block)  # the last block overlaps: mask what was seen
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
+        k_BKCH, v_BKCH = (_layer_block(x, cache.layer, start, block) for x in cache[:2])
+        at_BC = cut(cache.positions_BS, axis=1)
+        s_BKGTC = jnp.einsum(
+            "BKGTH,BKCH->BKGTC", q_BKGTH, k_BKCH, preferred_element_type=jnp.float32
+        )
+        if softcap:
+            s_BKGTC = softcap * jnp.tanh(s_BKGTC / softcap)
+        fresh_C = start + jnp.arange(block) >= i * block
+        seen_BTC = fresh_C[None, None, :] & mask.allowed(
+            q_at.positions_BT[:, :, None],
+            at_BC[:, None, :],
+            jnp.minimum(q_at.segments_BT, 1)[:, :, None],
+            (at_BC >= 0).astype(jnp.int32)[:, None, :],
+        )
+        s_BKGTC = jnp.where(seen_BTC[:, None, None], s_BKGTC, -jnp.inf)
+        new_max_BKGT = jnp.maximum(max_BKGT, s_BKGTC.max(axis=-1))
+        safe_BKGT = jnp.where(jnp.isneginf(new_max_BKGT), 0.0, new_max_BKGT)
+        p_BKGTC = jnp.exp(s_BKGTC - safe_BKGT[..., None])
+        fade_BKGT = jnp.exp(max_BKGT - safe_BKGT)
+        added_BKGTH = jnp.einsum(
+            "BKGTC,BKCH->BKGTH", p_BKGTC.astype(v_BKCH.dtype), v_BKCH,
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        out_BKGTH = out_BKGTH * fade_BKGT[..., None] + added_BKGTH
+        return out_BKGTH, new_max_BKGT, sum_BKGT * fade_BKGT + p_BKGTC.sum(axis=-1)
+
+    zero_BKGTH = (q_BKGTH * 0).astype(jnp.float32)  # made from q: sharded as q is
+    empty = zero_BKGTH, zero_BKGTH[..., 0] - jnp.inf, zero_BKGTH[..., 0]
+    num_blocks = (jnp.minimum(cache.live, S) + block - 1) // block
+    out_BKGTH, max_BKGT, sum_BKGT = jax.lax.fori_loop(0, num_blocks, step, empty)
+    nothing_BKGT = sum_BKGT == 0
+    out_BKGTH /= jnp.where(nothing_BKGT, 1.0, sum_BKGT)[..., None]
+    lse_BKGT = max_BKGT + jnp.log(sum_BKGT)
+    lse_BKGT = jnp.where(nothing_BKGT, -jnp.inf, lse_BKGT)
+    out_BTNH = jnp.moveaxis(out_BKGTH, 3, 1).reshape(B, T, N, H)
+    return out_BTNH, jnp.moveaxis(lse_BKGT, 3, 1).reshape(B, T, N)
+
+
+def _layer_block(x_LBKSH: jax.Array, layer: jax.Array, start: jax.Array, block: int) -> jax.Array:
+    _, B, K, _, H = x_LBKSH.shape
+    return jax.lax.dynamic_slice(x_LBKSH, (layer, 0, 0, start, 0), (1, B, K, block, H))[0]
+
+
+def merge(
+    a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """(out, lse) over the keys of both parts; each is (out [..., H], lse [...]) over its own."""
+    lse = jnp.logaddexp(a[1], b[1])
+    safe = jnp.where(jnp.isneginf(lse), 0.0, lse)
+    out = sum(o.astype(jnp.float32) * jnp.exp(l - safe)[..., None] for o, l in (a, b))
+    return out, lse

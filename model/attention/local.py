@@ -1,0 +1,43 @@
+"""WHERE: queries and keys of one device. The one custom_vjp around a kernel's pair."""
+
+import functools
+from types import ModuleType
+
+import jax
+
+from model.attention.spec import Mask, Where
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def attention(
+    kernel: ModuleType,
+    mask: Mask,
+    scale: float,
+    softcap: float,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    q_at: Where,
+    k_at: Where,
+) -> jax.Array:
+    """out [B, T, N, H], differentiated by the kernel's own backward."""
+    return kernel.forward(q_BTNH, k_BSKH, v_BSKH, q_at, k_at, mask, scale=scale, softcap=softcap)[0]
+
+
+def _forward(kernel, mask, scale, softcap, q_BTNH, k_BSKH, v_BSKH, q_at, k_at):
+    out_BTNH, lse_BTN = kernel.forward(
+        q_BTNH, k_BSKH, v_BSKH, q_at, k_at, mask, scale=scale, softcap=softcap
+    )
+    return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, q_at, k_at, out_BTNH, lse_BTN)
+
+
+def _backward(kernel, mask, scale, softcap, saved, dout_BTNH):
+    q_BTNH, k_BSKH, v_BSKH, q_at, k_at, out_BTNH, lse_BTN = saved
+    dq_BTNH, dk_BSKH, dv_BSKH = kernel.backward(
+        q_BTNH, k_BSKH, v_BSKH, q_at, k_at, mask, out_BTNH, lse_BTN, dout_BTNH,
+        scale=scale, softcap=softcap,
+    )  # fmt: skip
+    return dq_BTNH, dk_BSKH, dv_BSKH, None, None
+
+
+attention.defvjp(_forward, _backward)

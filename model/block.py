@@ -1,0 +1,147 @@
+"""One transformer block: norm, attention, residual, norm, MLP, residual.
+
+A block holds the weights of all layers of its pattern slot, stacked on a first dim; the
+transformer scans over that dim, so that inside `__call__` a block is one layer.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from model import rope
+from model.attention.attend import attend, attend_cached
+from model.attention.decode import Stored
+from model.attention.spec import AttentionSpec, Where
+from model.parameters import Maker
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+class Norm(nnx.Module):
+    """RMSNorm (arXiv 1910.07467) or LayerNorm over the last dim, in float32."""
+
+    def __init__(self, make: Maker, size: int, kind: str):
+        self.eps = make.config.norm_eps
+        self.scale_D = make.constant(1.0, size)
+        self.bias_D = make.constant(0.0, size) if kind == "layer" else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        if self.bias_D is not None:
+            x32 = x32 - x32.mean(axis=-1, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(axis=-1, keepdims=True) + self.eps)
+        rank = (1,) * (x.ndim - 1)
+        x32 = x32 * self.scale_D[...].reshape(*rank, -1)
+        if self.bias_D is not None:
+            x32 = x32 + self.bias_D[...].reshape(*rank, -1)
+        return x32.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with RoPE; K/V heads repeat when the mesh has more shards."""
+
+    def __init__(self, make: Maker, spec: AttentionSpec):
+        config, rules = make.config, make.rules
+        self.config, self.rules, self.spec = config, rules, spec
+        D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        heads = ("embed", "heads", "head_dim")
+        kv_heads = ("embed", "kv_heads" if self.kv_repeats == 1 else None, "head_dim")
+        self.q_DNH = make.normal(0, (D, N, H), heads)
+        self.k_DKH = make.normal(1, (D, K, H), kv_heads)
+        self.v_DKH = make.normal(2, (D, K, H), kv_heads)
+        depth = (2 * config.num_layers) ** -0.5  # keeps the residual's variance (GPT-2)
+        self.o_NHD = make.normal(3, (N, H, D), ("heads", "head_dim", "embed"), depth)
+        self.q_norm = Norm(make, H, "rms") if config.qk_norm else None
+        self.k_norm = Norm(make, H, "rms") if config.qk_norm else None
+
+    @property
+    def kv_repeats(self) -> int:
+        """Copies of each K/V head, so that every shard of the heads has one of its own."""
+        return max(1, self.rules.size("act_heads") // self.config.num_kv_heads)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        at: Where,
+        cos_sin: tuple[jax.Array, jax.Array],
+        cache: Stored | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        dtype, rules = x_BTD.dtype, self.rules
+        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q_DNH[...].astype(dtype))
+        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k_DKH[...].astype(dtype))
+        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v_DKH[...].astype(dtype))
+        if self.q_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        q_BTNH, k_BTKH = rope.rotate(q_BTNH, cos_sin), rope.rotate(k_BTKH, cos_sin)
+        if self.kv_repeats > 1:
+            sharding = rules("batch", "length", "act_kv_heads", None)
+            k_BTKH, v_BTKH = (
+                jax.sharding.reshard(jnp.repeat(x, self.kv_repeats, axis=2), sharding)
+                for x in (k_BTKH, v_BTKH)
+            )
+        how = dict(kernel=self.config.attention_kernel, rules=rules)
+        if cache is None:
+            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, at, self.spec, **how)
+        else:
+            out_BTNH = attend_cached(q_BTNH, k_BTKH, v_BTKH, at, cache, self.spec, **how)
+        out_BTD = jnp.einsum(
+            "BTNH,NHD->BTD", out_BTNH, self.o_NHD[...].astype(dtype),
+            out_sharding=rules("batch", "length", "act_embed"),
+        )  # fmt: skip
+        return out_BTD, (k_BTKH, v_BTKH)
+
+
+class MLP(nnx.Module):
+    """act(x G) * (x U) D, the gated linear unit of arXiv 2002.05202, or act(x U) D."""
+
+    def __init__(self, make: Maker):
+        config = self.config = make.config
+        self.rules = make.rules
+        D, F = config.embed_dim, config.mlp_dim
+        self.up_DF = make.normal(4, (D, F), ("embed", "mlp"))
+        depth = (2 * config.num_layers) ** -0.5
+        self.down_FD = make.normal(5, (F, D), ("mlp", "embed"), depth)
+        gated = config.mlp == "gated"
+        self.gate_DF = make.normal(6, (D, F), ("embed", "mlp")) if gated else None
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        dtype, activation = x_BTD.dtype, ACTIVATIONS[self.config.activation]
+        h_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.up_DF[...].astype(dtype))
+        if self.gate_DF is None:
+            h_BTF = activation(h_BTF)
+        else:
+            gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.gate_DF[...].astype(dtype))
+            h_BTF = activation(gate_BTF) * h_BTF
+        return jnp.einsum(
+            "BTF,FD->BTD", h_BTF, self.down_FD[...].astype(dtype),
+            out_sharding=self.rules("batch", "length", "act_embed"),
+        )  # fmt: skip
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, make: Maker, spec: AttentionSpec):
+        config = make.config
+        self.attention_norm = Norm(make, config.embed_dim, config.norm)
+        self.attention = Attention(make, spec)
+        self.mlp_norm = Norm(make, config.embed_dim, config.norm)
+        self.mlp = MLP(make)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        at: Where,
+        cos_sin: tuple[jax.Array, jax.Array],
+        cache: Stored | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """(x [B, T, D], the (k, v) [B, T, K, H] of these tokens)."""
+        with jax.named_scope("attention"):
+            out_BTD, kv = self.attention(self.attention_norm(x_BTD), at, cos_sin, cache)
+        x_BTD = x_BTD + out_BTD
+        with jax.named_scope("mlp"):
+            return x_BTD + self.mlp(self.mlp_norm(x_BTD)), kv

@@ -1,0 +1,59 @@
+"""`ModelConfig`: the sizes and choices of a transformer. Frozen and hashable."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+
+from core.config import Section, UserError, setting
+from model.attention.spec import AttentionSpec, full
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Section):
+    """A decoder. `pattern` is repeated over the layers; layers of one slot share a scan."""
+
+    vocab_size: int = setting(doc="rows of the embedding; at least the tokenizer's", low=1)
+    context: int = setting(doc="longest text, in tokens, that the model is meant for", low=1)
+    num_layers: int = setting(doc="blocks", low=1)
+    embed_dim: int = setting(doc="width of the residual stream", low=1)
+    num_heads: int = setting(doc="query heads", low=1)
+    num_kv_heads: int = setting(doc="key and value heads; 1 is MQA", low=1)
+    head_dim: int = setting(doc="width of a head; even, for RoPE", low=2)
+    mlp_dim: int = setting(doc="hidden width of the MLP", low=1)
+    pattern: tuple[AttentionSpec, ...] = setting((full(),), "attention of layers 0, 1, ...")
+    mlp: Literal["gated", "plain"] = setting("gated", "act(x G) * (x U), or act(x U)")
+    activation: Literal["silu", "gelu", "relu2"] = setting("silu", "of the MLP")
+    norm: Literal["rms", "layer"] = setting("rms", "RMSNorm, or LayerNorm with bias")
+    norm_eps: float = setting(1e-6, "added to the variance", above=0)
+    qk_norm: bool = setting(False, "RMS-normalise queries and keys of each head")
+    tied_head: bool = setting(True, "logits from the embedding's own table")
+    init_scale: float = setting(0.02, "standard deviation of the initial weights", above=0)
+    attention_kernel: Literal["auto", "reference", "chunked"] = setting("auto", "how")
+    dtype: Dtype = setting("bfloat16", "of activations and matrix products")
+    param_dtype: Dtype = setting("float32", "of stored parameters")
+
+    def check(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"head_dim={self.head_dim} is odd: RoPE rotates pairs")
+        if not 1 <= len(self.pattern) <= self.num_layers:
+            raise UserError(
+                f"pattern has {len(self.pattern)} slots for num_layers={self.num_layers}: "
+                "it needs at least one, and no more than there are layers"
+            )
+
+    @property
+    def stages(self) -> tuple[tuple[tuple[AttentionSpec, ...], int], ...]:
+        """((slots, repeats), ...): the whole repeats of the pattern, then what is left over."""
+        repeats, rest = divmod(self.num_layers, len(self.pattern))
+        return ((self.pattern, repeats), (self.pattern[:rest], 1))[: 2 if rest else 1]
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)

@@ -1,0 +1,141 @@
+"""The decoder: embedding, a scan over each stage of the pattern, final norm, logits apart.
+
+model = create(config, training(), jax.random.key(0))
+hidden_BTD, _ = model(tokens_BT, positions_BT, segments_BT)
+logits_BTV = model.logits(hidden_BTD)
+"""
+
+import functools
+import itertools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from core.config import UserError
+from core.sharding import Rules
+from model import rope
+from model.attention.spec import Where
+from model.block import Block, Norm
+from model.cache import KVCache
+from model.config import ModelConfig
+from model.parameters import Maker
+
+Remat = Literal["none", "dots", "full"]
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Transformer(nnx.Module):
+    """A causal decoder of `config`, its arrays placed by `rules`."""
+
+    def __init__(self, config: ModelConfig, rules: Rules, key: jax.Array):
+        self.config, self.rules = config, rules
+        make = Maker(config, rules, key)
+        table = (config.vocab_size, config.embed_dim), ("vocab", "embed")
+        self.embedding_VD = make.normal(0, *table)
+        self.head_VD = None if config.tied_head else make.normal(1, *table)
+        keys = (jax.random.fold_in(key, i) for i in itertools.count(1))
+        self.stages = nnx.List(
+            nnx.List(Block(Maker(config, rules, next(keys), layers), spec) for spec in slots)
+            for slots, layers in config.stages
+        )
+        self.final_norm = Norm(make, config.embed_dim, config.norm)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array,
+        cache: KVCache | None = None,
+        remat: Remat = "none",
+    ) -> tuple[jax.Array, KVCache | None]:
+        """(hidden [B, T, D] after the final norm, the cache with these tokens added).
+
+        Positions count inside each document; segment 0 is padding. With a cache the tokens also
+        see what it holds, and must all belong to the one document that it holds.
+        """
+        config, rules = self.config, self.rules
+        at = Where(positions_BT, segments_BT)
+        # FSDP: the table is gathered before use; looking up in a table that is sharded on both
+        # dims makes XLA replicate the result first.
+        table_VD = jax.sharding.reshard(self.embedding_VD[...], rules("vocab", None))
+        x_BTD = table_VD.at[tokens_BT].get(out_sharding=rules("batch", "length", "act_embed"))
+        x_BTD = x_BTD.astype(config.compute_dtype)
+        bases = {spec.rope_base for spec in config.pattern}
+        tables = {base: rope.table(positions_BT, base, config.head_dim) for base in bases}
+        new, slot = [], 0
+        for blocks, (_, layers) in zip(self.stages, config.stages, strict=True):
+
+            def group(x_BTD, scanned, first_slot=slot):
+                blocks, layer = scanned
+                kvs = []
+                for i, block in enumerate(blocks):
+                    stored = cache.stored(first_slot + i, layer) if cache is not None else None
+                    cos_sin = tables[block.attention.spec.rope_base]
+                    x_BTD, kv = block(x_BTD, at, cos_sin, stored)
+                    kvs.append(kv)
+                return x_BTD, (kvs if cache is not None else None)
+
+            if remat != "none":
+                group = jax.checkpoint(group, policy=REMAT_POLICIES[remat])
+            x_BTD, kvs = jax.lax.scan(group, x_BTD, (blocks, jnp.arange(layers)))
+            new, slot = new + (kvs or []), slot + len(blocks)
+        hidden_BTD = self.final_norm(x_BTD)
+        if cache is None:
+            return hidden_BTD, None
+        # A write that does not depend on the last read is done before it, on a copy of the whole
+        # cache; a barrier is gone when XLA decides that. (And no NaN is kept for later tokens.)
+        valid_BT = ~jnp.isnan(hidden_BTD[..., 0])
+        at = Where(positions_BT, segments_BT * valid_BT)
+        return hidden_BTD, cache.write(new, at, rules)
+
+    def head(self) -> jax.Array:
+        """The output table [V, D] in the compute dtype, whole but for the vocabulary's shards."""
+        table = self.embedding_VD if self.head_VD is None else self.head_VD
+        table_VD = table[...].astype(self.config.compute_dtype)
+        return jax.sharding.reshard(table_VD, self.rules("vocab", None))
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Float32 logits [B, T, V]."""
+        return jnp.einsum(
+            "BTD,VD->BTV", hidden_BTD, self.head(), preferred_element_type=jnp.float32
+        )
+
+
+def check_mesh(config: ModelConfig, rules: Rules) -> None:
+    """UserError unless heads, MLP and vocabulary divide over the mesh in use."""
+    shards = rules.size("act_heads")
+    for name, size in (
+        ("num_heads", config.num_heads),
+        ("mlp_dim", config.mlp_dim),
+        ("vocab_size", config.vocab_size),
+    ):
+        if size % shards:
+            raise UserError(f"model.{name}={size} does not divide over mesh.model={shards}")
+    K = config.num_kv_heads
+    if K % shards and shards % K:
+        raise UserError(
+            f"model.num_kv_heads={K} and mesh.model={shards}: one must be a multiple of the other"
+        )
+    if config.embed_dim % rules.size("embed"):
+        raise UserError(
+            f"model.embed_dim={config.embed_dim} does not divide over the {rules.size('embed')} "
+            "devices of mesh.data x mesh.seq that shard the weights"
+        )
+
+
+def create(config: ModelConfig, rules: Rules, key: jax.Array) -> Transformer:
+    """A new model; each parameter is born where `rules` put it, and is never whole elsewhere."""
+    check_mesh(config, rules)
+    return Transformer(config, rules, key)
+
+
+def abstract(config: ModelConfig, rules: Rules) -> Transformer:
+    """The same model with shapes, dtypes and shardings in place of arrays."""
+    check_mesh(config, rules)
+    return jax.eval_shape(lambda: Transformer(config, rules, jax.random.key(0)))

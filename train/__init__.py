@@ -1,0 +1,1 @@
+"""Pre-training: loss, optimizer, step, loop."""

@@ -1,0 +1,130 @@
+"""Next-token cross-entropy fused with the output projection, a chunk of tokens at a time.
+
+Logits of one chunk exist at once, never [B, T, V]. While they do, their gradient is known too
+(softmax - one_hot), so the forward pass of differentiation already computes d_hidden and
+d_table: no logits are saved and none computed twice (as in Liger Kernel, arXiv 2410.10989).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from core.sharding import Rules
+
+CHUNK = 1024  # tokens: large enough for the matrix units, small enough to be no memory peak
+
+
+def next_token_loss(
+    hidden_BTD: jax.Array,
+    table_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    z_loss: float,
+    rules: Rules,
+) -> tuple[jax.Array, jax.Array]:
+    """(loss, nll), both float32 sums over weighted tokens, in nats.
+
+    loss = sum w (nll + z_loss lse^2); the second term (PaLM, arXiv 2204.02311) keeps the
+    logits' normaliser near zero. Only `loss` is differentiated.
+    """
+    rows, vocab = rules.axes("batch", "length"), rules.axes("act_vocab")
+
+    def local(hidden_BTD, table_VD, targets_BT, weights_BT):
+        # Every shard of the tokens has a gradient of the table: pcast sums them on the way back.
+        table_VD = jax.lax.pcast(table_VD, rows, to="varying")
+        hidden_RD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+        sums = _sums(z_loss, vocab, hidden_RD, table_VD, targets_BT.ravel(), weights_BT.ravel())
+        return jax.lax.psum(sums, rows)
+
+    by_token = rules("batch", "length")
+    return jax.shard_map(
+        local,
+        in_specs=(
+            rules("batch", "length", "act_embed"),
+            rules("act_vocab", None),
+            by_token,
+            by_token,
+        ),
+        out_specs=(rules(), rules()),
+    )(hidden_BTD, table_VD, targets_BT, weights_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sums(z_loss, vocab, hidden_RD, table_VD, targets_R, weights_R):
+    def chunk(sums, chunk):
+        hidden_CD, targets_C, weights_C = chunk
+        _, lse_C, hit_CV, logits_CV = _logits(hidden_CD, table_VD, targets_C, vocab)
+        return _add(sums, z_loss, vocab, lse_C, hit_CV, logits_CV, weights_C), None
+
+    zero = weights_R[0] * 0
+    chunks = _chunked(hidden_RD, targets_R, weights_R)
+    return jax.lax.scan(chunk, (zero, zero), chunks)[0]
+
+
+def _forward(z_loss, vocab, hidden_RD, table_VD, targets_R, weights_R):
+    def chunk(carry, chunk):
+        sums, dtable_VD = carry
+        hidden_CD, targets_C, weights_C = chunk
+        p_CV, lse_C, hit_CV, logits_CV = _logits(hidden_CD, table_VD, targets_C, vocab)
+        sums = _add(sums, z_loss, vocab, lse_C, hit_CV, logits_CV, weights_C)
+        slope_C = weights_C * (1 + 2 * z_loss * lse_C)
+        dlogits_CV = p_CV * slope_C[:, None] - jnp.where(hit_CV, weights_C[:, None], 0.0)
+        dlogits_CV = dlogits_CV.astype(table_VD.dtype)
+        dhidden_CD = dlogits_CV @ table_VD
+        dtable_VD += jnp.einsum(
+            "CV,CD->VD", dlogits_CV, hidden_CD, preferred_element_type=jnp.float32
+        )
+        return (sums, dtable_VD), dhidden_CD
+
+    zero = weights_R[0] * 0
+    start = (zero, zero), table_VD.astype(jnp.float32) * 0
+    (sums, dtable_VD), dhidden_RD = jax.lax.scan(
+        chunk, start, _chunked(hidden_RD, targets_R, weights_R)
+    )
+    dhidden_RD = dhidden_RD.reshape(-1, hidden_RD.shape[1])[: len(hidden_RD)]
+    dhidden_RD = jax.lax.psum(dhidden_RD, vocab)
+    return sums, (dhidden_RD, dtable_VD.astype(table_VD.dtype))
+
+
+def _backward(z_loss, vocab, saved, slopes):
+    slope, _ = slopes
+    # In float32: a slope rounded to bfloat16 would scale the whole gradient by up to 0.4%.
+    dhidden_RD, dtable_VD = ((x * slope).astype(x.dtype) for x in saved)
+    return dhidden_RD, dtable_VD, None, None
+
+
+_sums.defvjp(_forward, _backward)
+
+
+def _chunked(*arrays):
+    """[R, ...] -> [R / C, C, ...], padded with zeros (weight 0) where C does not divide R."""
+    rows = len(arrays[0])
+    num = -(-rows // CHUNK)
+    size = -(-rows // num)
+    pad = num * size - rows
+
+    def split(x):
+        padded = jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)) if pad else x
+        return padded.reshape(num, size, *x.shape[1:])
+
+    return jax.tree.map(split, arrays)
+
+
+def _logits(hidden_CD, table_VD, targets_C, vocab):
+    """(softmax, lse, where the target is, logits); V is this shard's part of the vocabulary."""
+    logits_CV = jnp.einsum("CD,VD->CV", hidden_CD, table_VD, preferred_element_type=jnp.float32)
+    max_C = jax.lax.pmax(logits_CV.max(axis=-1), vocab)
+    exp_CV = jnp.exp(logits_CV - max_C[:, None])
+    sum_C = jax.lax.psum(exp_CV.sum(axis=-1), vocab)
+    first = jax.lax.axis_index(vocab) * len(table_VD)
+    hit_CV = targets_C[:, None] - first == jnp.arange(len(table_VD))[None]
+    return exp_CV / sum_C[:, None], max_C + jnp.log(sum_C), hit_CV, logits_CV
+
+
+def _add(sums, z_loss, vocab, lse_C, hit_CV, logits_CV, weights_C):
+    target_C = jax.lax.psum(jnp.where(hit_CV, logits_CV, 0.0).sum(axis=-1), vocab)
+    nll = (weights_C * (lse_C - target_C)).sum()
+    loss = nll + z_loss * (weights_C * jnp.square(lse_C)).sum()
+    return sums[0] + loss, sums[1] + nll

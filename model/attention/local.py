@@ -4,8 +4,11 @@ import functools
 from types import ModuleType
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from model.attention.spec import Mask, Where
+
+SAVED = "attention"  # name of what backward needs and rematerialisation had better keep
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -28,6 +31,7 @@ def _forward(kernel, mask, scale, softcap, q_BTNH, k_BSKH, v_BSKH, q_at, k_at):
     out_BTNH, lse_BTN = kernel.forward(
         q_BTNH, k_BSKH, v_BSKH, q_at, k_at, mask, scale=scale, softcap=softcap
     )
+    out_BTNH, lse_BTN = (checkpoint_name(x, SAVED) for x in (out_BTNH, lse_BTN))
     return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, q_at, k_at, out_BTNH, lse_BTN)
 
 

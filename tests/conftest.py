@@ -31,6 +31,7 @@ if not flags.FLAGS.is_parsed():
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2)]
+FAST_COMPILE = {"xla_backend_optimization_level": 0}  # for what compiles more than it runs
 
 
 def make_mesh(sizes):
@@ -43,8 +44,8 @@ def make_mesh(sizes):
 @pytest.fixture
 def one_device():
     """The mesh (1, 1, 1), in use."""
-    with jax.set_mesh(make_mesh((1, 1, 1))) as mesh:
-        yield mesh
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        yield
 
 
 @pytest.fixture(scope="session")

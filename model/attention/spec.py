@@ -40,9 +40,9 @@ class Mask:
         """Booleans of the broadcast shape of the four int32 arguments."""
         seen = (q_segments == k_segments) & (k_segments > 0)
         if self.causal:
-            seen &= k_positions <= q_positions
+            seen = seen & (k_positions <= q_positions)
         if self.window:
-            seen &= q_positions - k_positions < self.window
+            seen = seen & (q_positions - k_positions < self.window)
         return seen
 
 

@@ -1,0 +1,147 @@
+"""Meshes and rules: sizes that divide, axes used once, several slices, simulated devices."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from conftest import make_mesh
+from jax.sharding import AxisType, PartitionSpec
+
+from core import sharding
+from core.config import UserError
+from core.sharding import MeshConfig, Rules, axis_sizes
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("data", "seq", "model", "sizes"),
+    [(-1, 1, 1, (8, 1, 1)), (2, -1, 2, (2, 2, 2)), (1, 4, -1, (1, 4, 2)), (2, 2, 2, (2, 2, 2))],
+)
+def test_axis_sizes_use_every_device(data, seq, model, sizes):
+    assert axis_sizes(MeshConfig(data=data, seq=seq, model=model), 8) == sizes
+
+
+@pytest.mark.parametrize("sizes", [(-1, 3, 1), (2, 2, 1), (4, 4, 1)])
+def test_axis_sizes_that_do_not_divide(sizes):
+    with pytest.raises(UserError) as error:
+        axis_sizes(MeshConfig(data=sizes[0], seq=sizes[1], model=sizes[2]), 8)
+    fixed = abs(int(np.prod(sizes)))
+    for part in (str(sizes), "does not divide 8 devices", f"mesh.simulate={fixed}"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((0, 1, 1), r"data, seq, model = \(0, 1, 1\): an axis has 1 device or more, or -1"),
+        ((-1, -1, 1), r"data, seq, model = \(-1, -1, 1\): at most one axis may be -1"),
+        ((1, 1, -2), "model=-2 is out of range: it must be >= -1"),
+    ],
+)
+def test_mesh_config_refuses_nonsense(sizes, message):
+    with pytest.raises(UserError, match=message):
+        MeshConfig(data=sizes[0], seq=sizes[1], model=sizes[2])
+
+
+def test_make_mesh_is_explicit_and_in_order():
+    mesh = sharding.make_mesh(MeshConfig(seq=2, model=2))
+    assert dict(mesh.shape) == {"data": 2, "seq": 2, "model": 2}
+    assert mesh.axis_types == (AxisType.Explicit,) * 3
+    assert set(mesh.devices.flat) == set(jax.devices())
+
+
+class FakeDevice(SimpleNamespace):
+    """What JAX asks of a device when it lays out a mesh."""
+
+    __hash__ = object.__hash__
+
+
+@pytest.fixture
+def two_slices(monkeypatch):
+    """16 devices in 2 slices, handed out in an order that mixes them."""
+    devices = [
+        FakeDevice(id=i, slice_index=i % 2, process_index=i % 2, platform="cpu", device_kind="cpu")
+        for i in range(16)
+    ]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+
+
+def test_several_slices_split_data_alone(two_slices):
+    mesh = sharding.make_mesh(MeshConfig(seq=2, model=2))
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert slices.shape == (4, 2, 2)
+    assert (slices[:2] == slices[0, 0, 0]).all(), "seq or model crosses slices"
+    assert (slices[2:] == slices[2, 0, 0]).all(), "seq or model crosses slices"
+    assert slices[0, 0, 0] != slices[2, 0, 0]
+    assert len({device.id for device in mesh.devices.flat}) == 16
+    assert mesh.axis_types == (AxisType.Explicit,) * 3
+
+
+def test_slices_must_divide_data(two_slices):
+    with pytest.raises(UserError, match=r"mesh.data=1 is not a multiple of the 2 slices"):
+        sharding.make_mesh(MeshConfig(seq=8, model=2))
+
+
+def test_rules_turn_names_into_specs():
+    rules = sharding.training()
+    assert rules("batch", "length", "act_embed") == PartitionSpec("data", "seq", None)
+    assert rules("embed", "heads", None) == PartitionSpec(("data", "seq"), "model", None)
+    assert rules() == PartitionSpec()
+
+
+@pytest.mark.parametrize("name", ["lenght", "strategy"])
+def test_unknown_logical_axis(name):
+    with pytest.raises(
+        ValueError, match=rf"'{name}' is no logical axis; they are act_embed, .*mlp"
+    ):
+        sharding.training()("batch", name)
+
+
+@pytest.mark.parametrize("names", [("batch", "embed"), ("heads", "mlp")])
+def test_a_mesh_axis_is_used_once(names):
+    with pytest.raises(ValueError, match=r"uses a mesh axis twice"):
+        sharding.training()(*names)
+
+
+def test_presets_name_mesh_axes_only():
+    presets = [sharding.training(), sharding.training("allgather"), sharding.decoding()]
+    for rules in [*presets, sharding.whole()]:
+        for field in dataclasses.fields(Rules):
+            axes = getattr(rules, field.name)
+            if field.name != "strategy" and axes is not None:
+                named = {axes} if isinstance(axes, str) else set(axes)
+                assert named <= set(sharding.AXES), field.name
+
+
+def test_presets_differ_where_they_should():
+    assert sharding.training("allgather").strategy == "allgather"
+    decoding = sharding.decoding()
+    assert decoding("batch", "length") == PartitionSpec(("data", "seq"), None)
+    assert decoding("embed", "mlp") == PartitionSpec(None, "model")
+    whole = sharding.whole()
+    assert whole("vocab", "embed", "batch") == PartitionSpec(None, None, None)
+
+
+def test_size_counts_shards_of_the_mesh_in_use():
+    rules = sharding.training()
+    with jax.set_mesh(make_mesh((2, 2, 2))):
+        assert [rules.size(n) for n in ("batch", "embed", "mlp", "layers")] == [2, 4, 2, 1]
+    with jax.set_mesh(make_mesh((1, 4, 2))):
+        assert [rules.size(n) for n in ("batch", "embed", "mlp", "layers")] == [1, 4, 2, 1]
+
+
+def test_simulate_gives_cpu_devices():
+    code = "from core import backend; backend.prepare(8); import jax; print(jax.devices())"
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("CpuDevice") == 8

@@ -1,0 +1,272 @@
+"""Every kernel, strategy and cache against one float64 oracle, over tests/attention_cases.py."""
+
+import functools
+
+import attention_cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import CASES, Case, documents
+from conftest import FAST_COMPILE, make_mesh
+from tolerances import assert_close
+
+from core import sharding
+from core.config import UserError
+from model.attention import chunked, decode, local, reference
+from model.attention.attend import KERNELS, attend
+from model.attention.spec import Mask, Where, full, sliding
+
+BLOCK = 16
+IDS = [str(case) for case in CASES]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks of 16, so that 40 tokens are two whole tiles and a half."""
+    monkeypatch.setattr(chunked, "MIN_BLOCK", BLOCK)
+    monkeypatch.setattr(chunked, "MAX_BLOCK", BLOCK)
+    monkeypatch.setattr(chunked, "TILE_SCORES", 2 * BLOCK * BLOCK)
+    monkeypatch.setattr(decode, "BLOCK", 8)
+
+
+def where(positions, segments) -> Where:
+    return Where(jnp.asarray(positions), jnp.asarray(segments))
+
+
+def query_and_key_places(tokens) -> tuple[Where, Where]:
+    q_at = where(tokens.q_positions, tokens.q_segments)
+    return q_at, where(tokens.k_positions, tokens.k_segments)
+
+
+@functools.cache
+def compiled(kernel: str, mask: Mask, softcap: float):
+    """(out, lse) and (dq, dk, dv) of a kernel, through the pair of functions that it exports."""
+    how = dict(scale=attention_cases.H**-0.5, softcap=softcap)
+
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    def run(q, k, v, dout, q_at, k_at):
+        out, lse = KERNELS[kernel].forward(q, k, v, q_at, k_at, mask, **how)
+        gradients = KERNELS[kernel].backward(q, k, v, q_at, k_at, mask, out, lse, dout, **how)
+        return out, lse, gradients
+
+    return run
+
+
+def run(kernel: str, case: Case, dtype=jnp.float32):
+    tokens, arrays = attention_cases.inputs(case)
+    arrays = [jnp.asarray(x, dtype) for x in arrays]
+    mask = Mask(causal=case.causal, window=case.window)
+    results = compiled(kernel, mask, case.softcap)(*arrays, *query_and_key_places(tokens))
+    rounded = [np.asarray(x, np.float32) for x in arrays]
+    return tokens, rounded, results
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_equals_the_oracle(kernel, case):
+    tokens, (q, k, v, _), (out, lse, _) = run(kernel, case)
+    expected_out, expected_lse = attention_cases.oracle(case, tokens, q, k, v)
+    assert out.dtype == lse.dtype == jnp.float32
+    assert_close(out, expected_out, "attention", what="out")
+    assert_close(lse, expected_lse, "attention", what="lse")
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_gradients_of_the_reference_equal_differences_of_the_oracle(case):
+    tokens, (q, k, v, dout), (_, _, gradients) = run("reference", case)
+    for index, direction, slope in differences(case, tokens, (q, k, v), dout):
+        actual = np.vdot(np.asarray(gradients[index], np.float64), direction)
+        # A token that sees itself alone (window 1) has dq = dk = 0, by cancellation.
+        assert_close(actual, slope, "difference", what="qkv"[index], at_least=np.abs(dout).sum())
+
+
+def differences(case: Case, tokens, qkv, dout, step: float = 1e-5):
+    """For q, k and v: a direction of +1 and -1, and the slope of <dout, out> along it."""
+    for index, x in enumerate(qkv):
+        direction = np.random.default_rng(index).choice([-1.0, 1.0], x.shape)
+        values = []
+        for moved in (x + step * direction, x - step * direction):
+            arrays = (*qkv[:index], moved, *qkv[index + 1 :])
+            values.append(np.vdot(dout, attention_cases.oracle(case, tokens, *arrays)[0]))
+        yield index, direction, (values[0] - values[1]) / (2 * step)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "reference"])
+def test_gradients_equal_autodiff_of_the_reference(kernel, case):
+    expected = run("reference", case)[2][2]
+    actual = run(kernel, case)[2][2]
+    for name, a, b in zip(("dq", "dk", "dv"), actual, expected, strict=True):
+        assert_close(a, b, "attention", what=name, at_least=np.abs(expected[2]).max())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bfloat16(kernel):
+    case = Case("packed", window=7)
+    tokens, (q, k, v, dout), (out, lse, gradients) = run(kernel, case, jnp.bfloat16)
+    assert lse.dtype == jnp.float32
+    assert {x.dtype for x in (out, *gradients)} == {jnp.dtype(jnp.bfloat16)}
+    expected_out, expected_lse = attention_cases.oracle(case, tokens, q, k, v)
+    assert_close(out, expected_out, "attention", "bfloat16", "out")
+    assert_close(lse, expected_lse, "attention", "bfloat16", "lse")
+    mask = Mask(window=case.window)
+    exact = compiled("reference", mask, case.softcap)(
+        *map(jnp.asarray, (q, k, v, dout)), *query_and_key_places(tokens)
+    )
+    for name, a, b in zip(("dq", "dk", "dv"), gradients, exact[2], strict=True):
+        assert_close(a, b, "attention", "bfloat16", name)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("layout", "row", "blind"), [("padded", 1, 40), ("future", 0, 20)])
+def test_rows_that_see_nothing_are_zero_and_pass_nothing_back(kernel, layout, row, blind):
+    _, _, (out, lse, gradients) = run(kernel, Case(layout, window=7))
+    np.testing.assert_array_equal(out[row, :blind], 0)
+    assert np.isneginf(lse[row, :blind]).all()
+    np.testing.assert_array_equal(gradients[0][row, :blind], 0)
+    assert all(np.isfinite(x).all() for x in gradients)
+
+
+def test_chunked_never_touches_tiles_out_of_reach():
+    """NaN in a tile that is visited spreads, masked or not: 0 * NaN is NaN.
+
+    Documents of 4 and 6 blocks; a window of 2 blocks reaches back 2 blocks.
+    """
+    document, end = 4 * BLOCK, 10 * BLOCK
+    shape = (1, end, 1, attention_cases.H)
+    q, k, v, dout = np.random.default_rng(0).standard_normal((4, *shape)).astype(np.float32)
+    at = where(*documents((document, end - document), length=end))
+    run_it = compiled("chunked", Mask(window=2 * BLOCK), 0.0)
+
+    def spoilt(x, start, stop):
+        x = x.copy()
+        x[:, start:stop] = np.nan
+        return x
+
+    def is_finite(x, start, stop=end):
+        return np.isfinite(x[:, start:stop]).all()
+
+    out, lse, _ = run_it(q, k, spoilt(v, 0, document), dout, at, at)
+    assert is_finite(out, document), "tiles of another document are visited"
+    assert not is_finite(out, 0, document)
+    out, lse, _ = run_it(q, k, spoilt(v, 0, 5 * BLOCK), dout, at, at)
+    assert is_finite(out, 7 * BLOCK), "tiles behind the window are visited"
+    assert is_finite(lse, 0)
+    # A query passes gradients to its own block and two before; a key hears from two after.
+    _, _, (dq, dk, dv) = run_it(q, k, v, spoilt(dout, 8 * BLOCK, end), at, at)
+    assert is_finite(dq, 0, 8 * BLOCK)
+    assert not is_finite(dq, 8 * BLOCK)
+    assert is_finite(dk, 0, 6 * BLOCK)
+    assert is_finite(dv, 0, 6 * BLOCK)
+    _, _, (dq, dk, dv) = run_it(q, k, v, spoilt(dout, 4 * BLOCK, 5 * BLOCK), at, at)
+    assert all(is_finite(x, 0, document) for x in (dq, dk, dv)), "another document is visited"
+    assert is_finite(dk, 5 * BLOCK), "tiles of earlier queries are visited"
+
+
+def test_chunked_memory_grows_with_the_length_not_its_square():
+    def loss(q, k, v, at):
+        return local.attention(chunked, Mask(), 1.0, 0.0, q, k, v, at, at).sum()
+
+    def temporary_bytes(length):
+        x = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+        at = Where(*[jax.ShapeDtypeStruct((1, length), jnp.int32)] * 2)
+        lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x, at)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(2048) < 2.2 * temporary_bytes(1024)
+
+
+STRATEGY_SPECS = (full(), sliding(7, softcap=2.0))
+
+
+@functools.cache
+def attended(strategy: str, sizes: tuple[int, int, int], kernel: str):
+    """(out, gradients) of packed rows on a mesh, over both specs."""
+    length, N, K = 48, 4, 2
+    q, dout = np.random.default_rng(1).standard_normal((2, 2, length, N, 8)).astype(np.float32)
+    k, v = np.random.default_rng(2).standard_normal((2, 2, length, K, 8)).astype(np.float32)
+    at = documents((7, 1, 20, 12), (48,), length=length)
+    with jax.set_mesh(make_mesh(sizes)):
+        rules = sharding.training(strategy)
+        place = rules("batch", "length", "act_heads", None)
+        q, k, v, dout = (jax.device_put(x, place) for x in (q, k, v, dout))
+        at = Where(*(jax.device_put(x, rules("batch", "length")) for x in at))
+
+        @jax.jit
+        def run(q, k, v, dout):
+            def out(q, k, v):
+                return [attend(q, k, v, at, s, kernel=kernel, rules=rules) for s in STRATEGY_SPECS]
+
+            outs, pull = jax.vjp(out, q, k, v)
+            return outs, pull([dout, dout])
+
+        results = run(q, k, v, dout)
+        assert results[0][0].sharding.spec == place
+        return jax.tree.leaves(jax.tree.map(np.asarray, results))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 1), (1, 4, 1), (1, 3, 1)], ids=str)
+def test_allgather_equals_local(sizes):
+    expected = attended("local", (1, 1, 1), "reference")
+    for actual, exact in zip(attended("allgather", sizes, "reference"), expected, strict=True):
+        assert_close(actual, exact, "attention")
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_auto_takes_what_is_right(sizes):
+    expected = attended("local", (1, 1, 1), "reference")
+    for actual, exact in zip(attended("auto", sizes, "auto"), expected, strict=True):
+        assert_close(actual, exact, "attention")
+
+
+def test_local_refuses_a_sharded_length():
+    with pytest.raises(
+        NotImplementedError, match=r"(?s)'local'.*2 shards.*'allgather'.*mesh.seq=1"
+    ):
+        attended("local", (1, 2, 1), "reference")
+
+
+def test_unknown_kernel_is_refused():
+    with pytest.raises(UserError, match="attention_kernel='dense' is not one of auto, reference"):
+        attended("local", (1, 1, 1), "dense")
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (9, 2.0)])
+def test_cache_and_new_tokens_merge_to_attention_over_both(window, softcap):
+    """Row 0 has filled a ring of 20 slots and gone round, row 1 holds 5 tokens in it."""
+    L, layer, N, K, H, S, new = 3, 1, 4, 2, 8, 20, 6
+    seen = np.array([27, 5])
+    random = np.random.default_rng(0)
+    kv = random.standard_normal((2, 2, 40, K, H)).astype(np.float32)  # (k or v, row, position)
+    q = random.standard_normal((2, new, N, H)).astype(np.float32)
+    cached = np.full((2, L, 2, K, S, H), np.nan, np.float32)
+    cached[:, layer] = 0
+    at_BS = np.full((2, S), -1, np.int32)
+    for row in range(2):
+        for position in range(max(0, seen[row] - S), seen[row]):
+            cached[:, layer, row, :, position % S] = kv[:, row, position]
+            at_BS[row, position % S] = position
+    positions = (seen[:, None] + np.arange(new)).astype(np.int32)
+    segments = np.ones_like(positions)
+    segments[1, 4:] = 0
+    rows = np.arange(2)[:, None]
+    stored = decode.Stored(*map(jnp.asarray, (*cached, at_BS, layer, seen.max())))
+    how = dict(scale=H**-0.5, softcap=softcap)
+    mask, at = Mask(window=window), where(positions, segments)
+
+    @jax.jit
+    def run(q, k, v, stored, at):
+        old = decode.forward(q, stored, at, mask, **how)
+        return decode.merge(old, reference.forward(q, k, v, at, at, mask, **how))
+
+    out, lse = run(q, *kv[:, rows, positions], stored, at)
+    # The oracle sees everything in the order of positions; it lacks what the ring has dropped.
+    everything = np.broadcast_to(np.arange(40, dtype=np.int32), (2, 40))
+    end = seen[:, None] + segments.sum(1, keepdims=True)
+    kept = (everything >= seen[:, None] - S) & (everything < end)
+    tokens = attention_cases.Tokens(positions, segments, everything, kept.astype(np.int32))
+    case = Case("cache", window=window, softcap=softcap, N=N, K=K)
+    expected_out, expected_lse = attention_cases.oracle(case, tokens, q, *kv)
+    assert_close(out, expected_out, "attention", what="out")
+    assert_close(lse, expected_lse, "attention", what="lse")

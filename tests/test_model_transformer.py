@@ -1,0 +1,384 @@
+"""The transformer over meshes, caches and remat policies: one function, whatever computes it."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import documents
+from conftest import FAST_COMPILE, MESHES, make_mesh
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from tolerances import assert_close
+
+from core import sharding, tree
+from core.config import UserError
+from model import cache, rope, transformer
+from model.attention.spec import AttentionSpec, Where, full, sliding
+from model.config import ModelConfig
+from model.parameters import Maker
+
+# Two scanned groups of two slots, and a tail of one.
+CONFIG = ModelConfig(
+    vocab_size=64,
+    context=64,
+    num_layers=5,
+    embed_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=32,
+    pattern=(sliding(4), full(softcap=5.0, rope_base=100.0)),
+    attention_kernel="reference",
+    dtype="float32",
+)
+# One slot compiles in half the time, for what does not depend on the pattern.
+SMALL = dataclasses.replace(CONFIG, num_layers=2, pattern=(sliding(6, softcap=5.0),))
+WITH_ALL = dataclasses.replace(SMALL, norm="layer", qk_norm=True, tied_head=False)
+B, T = 8, 16
+ONE = (1, 1, 1)
+
+
+@functools.cache
+def batch(length: int = T):
+    """Tokens, and one document a row: (tokens, positions, segments), each [B, length]."""
+    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (B, length), np.int32)
+    return tokens, *documents(*[(length,)] * B, length=length)
+
+
+def place(rules, arrays):
+    return [jax.device_put(x, rules("batch", "length")) for x in arrays]
+
+
+def create(config, rules):
+    """The model with random weights, norms too; made by NumPy, which has nothing to compile."""
+    planned = transformer.abstract(config, rules)
+    random, leaves = np.random.default_rng(0), {}
+    for name, leaf in tree.named_leaves(planned).items():
+        value = random.standard_normal(leaf.shape) * 0.2 + name.endswith("scale_D")
+        leaves[name] = jax.device_put(value.astype(leaf.dtype), leaf.sharding.spec)
+    return tree.with_leaves(planned, leaves)
+
+
+jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+forward = jit(lambda model, *args: model(*args)[0])
+hidden_and_cache = jit(lambda model, held, *args: model(*args, cache=held))
+
+
+def loss(model, args, remat="none"):
+    """A smooth function of all logits."""
+    hidden, _ = model(*args, remat=remat)
+    return jnp.square(jax.nn.logsumexp(model.logits(hidden), -1)).mean()
+
+
+@functools.cache
+def loss_and_gradients(config, sizes, remat="none"):
+    """((loss, gradients by name), bytes of temporary memory)."""
+    with jax.set_mesh(make_mesh(sizes)):
+        rules = sharding.training()
+        args = create(config, rules), place(rules, batch())
+        run = jit(jax.value_and_grad(functools.partial(loss, remat=remat)))
+        compiled = run.lower(*args).compile()
+        value, gradients = compiled(*args)
+        results = float(value), jax.tree.map(np.asarray, tree.named_leaves(gradients))
+        return results, compiled.memory_analysis().temp_size_in_bytes
+
+
+def assert_same_gradients(actual, expected):
+    assert_close(actual[0], expected[0], "model", what="loss")
+    for name, gradient in expected[1].items():
+        assert np.abs(gradient).max() > 0, f"{name} has no gradient"
+        assert_close(actual[1][name], gradient, "model", what=name)
+
+
+@pytest.mark.parametrize("sizes", [*MESHES[1:], (1, 2, 4)], ids=str)
+def test_loss_and_gradients_are_the_same_on_every_mesh(sizes):
+    """(1, 2, 4) has more shards of the heads than there are kv heads."""
+    expected, _ = loss_and_gradients(WITH_ALL, ONE)
+    assert_same_gradients(loss_and_gradients(WITH_ALL, sizes)[0], expected)
+
+
+@pytest.mark.parametrize("remat", transformer.REMAT_POLICIES)
+def test_remat_saves_memory_and_changes_no_gradient(remat):
+    expected, most = loss_and_gradients(WITH_ALL, ONE)
+    actual, fewer = loss_and_gradients(WITH_ALL, ONE, remat)
+    assert_same_gradients(actual, expected)
+    assert fewer < most
+
+
+def test_the_future_changes_nothing(one_device):
+    """Exactly nothing: the same program runs on both."""
+    model = create(CONFIG, sharding.whole())
+    tokens, positions, segments = batch()
+    before = forward(model, tokens, positions, segments)
+    changed = tokens.copy()
+    changed[:, 9] = (changed[:, 9] + 1) % CONFIG.vocab_size
+    after = forward(model, changed, positions, segments)
+    np.testing.assert_array_equal(before[:, :9], after[:, :9])
+    assert (np.abs(before - after)[:, 9:].max(axis=(0, 2)) > 0).all()
+
+
+def test_no_gradient_flows_from_the_past_to_the_future(one_device):
+    """Tokens are all different, so that each has a row of the embedding to itself."""
+    model = create(CONFIG, sharding.whole())
+    tokens = np.random.default_rng(0).permutation(CONFIG.vocab_size)[None, :T]
+    positions, segments = documents((T,), length=T)
+
+    @jit
+    def reach(model, at):
+        def one(model):
+            hidden, _ = model(tokens, positions, segments)
+            return jnp.sin(hidden[0, at]).sum()
+
+        return jnp.abs(jax.grad(one)(model).embedding_VD[...]).max(axis=1)[tokens[0]]
+
+    for at in (0, 5, T - 1):
+        flows = np.asarray(reach(model, at)) > 0
+        np.testing.assert_array_equal(flows, np.arange(T) <= at)
+
+
+def test_packed_documents_are_as_alone(one_device):
+    model, half = create(CONFIG, sharding.whole()), T // 2
+    tokens, where = batch()[0], documents(*[(half, half)] * B, length=T)
+    packed = np.asarray(forward(model, tokens, *where))
+    alone = documents(*[(half,)] * 2 * B, length=half)
+    alone = forward(model, tokens.reshape(2 * B, half), *alone)
+    assert_close(packed.reshape(2 * B, half, -1), alone, "model")
+    changed = tokens.copy()
+    changed[:, 3] = (changed[:, 3] + 1) % CONFIG.vocab_size
+    after = np.asarray(forward(model, changed, *where))
+    np.testing.assert_array_equal(packed[:, half:], after[:, half:])
+    assert (np.abs(packed - after)[:, 3:half].max(axis=(0, 2)) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes", "sizes_kept"),
+    [(SMALL, (1, 2, 4), [6]), (CONFIG, (2, 2, 2), [4, 24, 4])],
+    ids=["more-shards-than-kv-heads", "rows-and-heads-sharded"],
+)
+def test_prefill_and_decode_equal_the_full_forward(config, sizes, sizes_kept):
+    """Chunks of 11, 1, 11 and 1: longer than the window, whose ring goes round."""
+    with jax.set_mesh(make_mesh(sizes)):
+        rules = sharding.decoding()
+        model, arrays = create(config, rules), batch(24)
+        expected = forward(model, *place(rules, arrays))
+        held = cache.create(config, B, 24, rules)
+        parts = []
+        for start, end in ((0, 11), (11, 12), (12, 23), (23, 24)):
+            args = place(rules, [x[:, start:end] for x in arrays])
+            hidden, held = hidden_and_cache(model, held, *args)
+            parts.append(np.asarray(hidden))
+        assert_close(np.concatenate(parts, axis=1), expected, "model")
+        np.testing.assert_array_equal(held.seen_B, 24)
+        assert [slot.positions_BS.shape[1] for slot in held.slots] == sizes_kept
+
+
+def test_ragged_rows_decode_as_each_alone(one_device):
+    """Prompts of 1 to 8 tokens side by side, padded; then each row goes on where it stands."""
+    model, (tokens, positions, segments) = create(CONFIG, sharding.whole()), batch()
+    expected = np.asarray(forward(model, tokens, positions, segments))
+    rows, lengths = np.arange(B), np.arange(1, B + 1)
+    prompt = (np.arange(B) < lengths[:, None]).astype(np.int32)
+    held = cache.create(CONFIG, B, T, sharding.whole())
+    hidden, held = hidden_and_cache(model, held, tokens[:, :B], positions[:, :B] * prompt, prompt)
+    for row, length in enumerate(lengths):
+        assert_close(hidden[row, :length], expected[row, :length], "model", what=f"row {row}")
+    for step in range(T - B):
+        at = lengths + step
+        args = (x[rows, at][:, None] for x in (tokens, positions, segments))
+        hidden, held = hidden_and_cache(model, held, *args)
+        assert_close(hidden[:, 0], expected[rows, at], "model", what=f"step {step}")
+    np.testing.assert_array_equal(held.seen_B, lengths + T - B)
+
+
+def test_a_ring_keeps_the_newest_tokens_in_whatever_order_they_come(one_device):
+    """10 tokens for 6 slots: position p, which here is also its key, is kept at p modulo 6."""
+    rules = sharding.whole()
+    order = np.random.default_rng(0).permutation(10)
+    positions = np.stack([order, order[::-1]]).astype(np.int32)
+    at = Where(positions, np.ones_like(positions))
+    kv = np.broadcast_to(at.positions_BT[None, :, :, None, None], (2, 2, 10, 2, 8))
+    held = cache.create(SMALL, 2, 24, rules)
+    (slot,) = held.write([(kv.astype(np.float32), -kv.astype(np.float32))], at, rules).slots
+    newest = np.broadcast_to(np.array([6, 7, 8, 9, 4, 5])[:, None], (6, 8))
+    np.testing.assert_array_equal(slot.positions_BS, [newest[:, 0]] * 2)
+    np.testing.assert_array_equal(slot.k_LBKSH, np.broadcast_to(newest, (2, 2, 2, 6, 8)))
+    np.testing.assert_array_equal(slot.v_LBKSH, np.broadcast_to(-newest, (2, 2, 2, 6, 8)))
+
+
+def test_scan_equals_a_loop_over_layers(one_device):
+    """Layer l takes slot l % 2 of the pattern; its weights are row l // 2 of the slot's stack."""
+    model = create(CONFIG, sharding.whole())
+    tokens, positions, segments = batch()
+
+    @jit
+    def one_layer(block, x):
+        cos_sin = rope.table(positions, block.attention.spec.rope_base, CONFIG.head_dim)
+        return block(x, Where(positions, segments), cos_sin, None)[0]
+
+    x = model.embedding_VD[...][tokens]
+    for layer in range(CONFIG.num_layers):
+        row, slot = divmod(layer, 2)
+        stacked = model.stages[0][slot] if layer < 4 else model.stages[1][0]
+        block = jax.tree.map(lambda leaf, row=row % 2: leaf[row], stacked)
+        assert block.attention.spec == CONFIG.pattern[slot]
+        x = one_layer(block, x)
+    expected = model.final_norm(x)
+    assert_close(forward(model, tokens, positions, segments), expected, "model")
+
+
+# Each field at another value that is valid, given the rest of SMALL.
+FLIPS = {
+    "vocab_size": 128,
+    "num_layers": 3,
+    "embed_dim": 32,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "head_dim": 4,
+    "mlp_dim": 64,
+    "pattern": (full(),),
+    "mlp": "plain",
+    "activation": "gelu",
+    "norm": "layer",
+    "norm_eps": 1e-3,
+    "qk_norm": True,
+    "tied_head": False,
+    "init_scale": 0.1,
+    "attention_kernel": "chunked",
+    "dtype": "bfloat16",
+    "param_dtype": "bfloat16",
+}
+# Promises about the model that no program reads.
+NOT_IN_THE_PROGRAM = {"context"}
+SPEC_FLIPS = {
+    "kind": full(softcap=5.0),
+    "window": sliding(5, softcap=5.0),
+    "rope_base": sliding(6, softcap=5.0, rope_base=7.0),
+    "softcap": sliding(6),
+}
+
+
+@functools.cache
+def program(config: ModelConfig):
+    """The parameter tree, and the lowered text of initialisation and of a forward pass."""
+    with jax.set_mesh(make_mesh(ONE)):
+        model = transformer.abstract(config, sharding.training())
+        leaves = {n: (x.shape, x.dtype) for n, x in tree.named_leaves(model).items()}
+        make = functools.partial(transformer.Transformer, config, sharding.training())
+        args = place(sharding.training(), batch())
+        texts = (
+            jax.jit(make).lower(jax.random.key(0)).as_text(),
+            jax.jit(lambda m, *a: m.logits(m(*a)[0])).lower(model, *args).as_text(),
+        )
+        return leaves, texts
+
+
+def test_every_field_is_flipped():
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert set(FLIPS) | NOT_IN_THE_PROGRAM == names
+    assert not set(FLIPS) & NOT_IN_THE_PROGRAM
+    assert set(SPEC_FLIPS) == {field.name for field in dataclasses.fields(AttentionSpec)}
+    assert len(names) < 30
+
+
+def test_an_equal_config_gives_an_equal_program():
+    first = program(SMALL)
+    program.cache_clear()
+    assert program(dataclasses.replace(SMALL)) == first
+
+
+@pytest.mark.parametrize("name", FLIPS)
+def test_every_model_field_changes_the_program(name):
+    flipped = dataclasses.replace(SMALL, **{name: FLIPS[name]})
+    assert getattr(flipped, name) != getattr(SMALL, name)
+    assert program(flipped) != program(SMALL)
+
+
+@pytest.mark.parametrize("name", SPEC_FLIPS)
+def test_every_attention_field_changes_the_program(name):
+    assert getattr(SPEC_FLIPS[name], name) != getattr(SMALL.pattern[0], name)
+    flipped = dataclasses.replace(SMALL, pattern=(SPEC_FLIPS[name],))
+    assert program(flipped) != program(SMALL)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "message"),
+    [
+        (dict(num_heads=6), (1, 2, 4), "model.num_heads=6 does not divide over mesh.model=4"),
+        (dict(mlp_dim=30), (1, 2, 4), "model.mlp_dim=30 does not divide over mesh.model=4"),
+        (dict(vocab_size=61), (2, 2, 2), "model.vocab_size=61 does not divide over mesh.model=2"),
+        (
+            dict(num_heads=12, num_kv_heads=6),
+            (1, 2, 4),
+            "model.num_kv_heads=6 and mesh.model=4: one must be a multiple of the other",
+        ),
+        (
+            dict(embed_dim=20),
+            (8, 1, 1),
+            "model.embed_dim=20 does not divide over the 8 devices of mesh.data x mesh.seq",
+        ),
+    ],
+)
+def test_check_mesh_names_field_and_mesh(changes, sizes, message):
+    config = dataclasses.replace(SMALL, **changes)
+    with jax.set_mesh(make_mesh(sizes)), pytest.raises(UserError, match=message):
+        transformer.abstract(config, sharding.training())
+
+
+PLACES = {
+    "embedding_VD": ("model", ("data", "seq")),
+    "head_VD": ("model", ("data", "seq")),
+    "q_DNH": (None, ("data", "seq"), "model", None),
+    "k_DKH": (None, ("data", "seq"), "model", None),
+    "v_DKH": (None, ("data", "seq"), "model", None),
+    "o_NHD": (None, "model", None, ("data", "seq")),
+    "up_DF": (None, ("data", "seq"), "model"),
+    "gate_DF": (None, ("data", "seq"), "model"),
+    "down_FD": (None, "model", ("data", "seq")),
+}
+
+
+def test_parameters_live_where_the_rules_say():
+    config = dataclasses.replace(SMALL, tied_head=False, qk_norm=True)
+    with jax.set_mesh(make_mesh((2, 2, 2))):
+        leaves = transformer.create(config, sharding.training(), jax.random.key(0))
+        leaves = tree.named_leaves(leaves)
+        planned = tree.named_leaves(transformer.abstract(config, sharding.training()))
+    kinds = set()
+    for name, leaf in leaves.items():
+        kind = name.split(".")[-1]
+        kinds.add(kind)
+        assert leaf.sharding.spec == planned[name].sharding.spec, name
+        if kind in PLACES:
+            assert leaf.sharding.spec == PartitionSpec(*PLACES[kind]), name
+            assert leaf.addressable_shards[0].data.size * 8 == leaf.size, name
+        else:
+            assert kind == "scale_D"
+            assert leaf.sharding.is_fully_replicated, name
+    assert set(PLACES) < kinds
+
+
+def test_initial_values_do_not_depend_on_the_mesh():
+    values = []
+    for sizes in (ONE, (2, 2, 2)):
+        with jax.set_mesh(make_mesh(sizes)):
+            make = Maker(SMALL, sharding.training(), jax.random.key(0))
+            values.append(make.normal(0, (16, 32), ("embed", "mlp"))[...])
+    np.testing.assert_array_equal(*values)
+    assert np.std(values[0]) == pytest.approx(SMALL.init_scale, rel=0.1)
+
+
+def test_a_step_lowers_for_a_mesh_that_is_not_there():
+    """256 devices of an abstract mesh: every sharding is right before a pod is booked."""
+    mesh = AbstractMesh((16, 4, 4), sharding.AXES, axis_types=(AxisType.Explicit,) * 3)
+    config = dataclasses.replace(CONFIG, embed_dim=64)
+    with jax.sharding.use_abstract_mesh(mesh):
+        rules = sharding.training()
+        model = transformer.abstract(config, rules)
+        place = jax.NamedSharding(mesh, rules("batch", "length"))
+        args = [jax.ShapeDtypeStruct((32, T), jnp.int32, sharding=place)] * 3
+        run = jax.jit(jax.grad(functools.partial(loss, remat="full")))
+        text = run.trace(model, args).lower(lowering_platforms=("tpu",)).as_text()
+    assert '["data"=16, "seq"=4, "model"=4]' in text
+    assert "all_gather" in text

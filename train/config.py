@@ -41,7 +41,7 @@ class TrainConfig(Section):
     no_decay: tuple[str, ...] = setting((r"\w*norm\.\w+",), "parameters that do not")
     freeze: tuple[str, ...] = setting((), "parameters that stay as they are, decay or not")
 
-    remat: Remat = setting("none", "recompute in the backward pass: nothing, all but dots, all")
+    remat: Remat = setting("dots", "redo in the backward pass: nothing, all but products, all")
     log_every: int = setting(10, "steps between rows of metrics.jsonl", low=1)
     eval_every: int = setting(0, "steps between evaluations; 0 is at the end only", low=0)
     eval_batches: int = setting(0, "batches an evaluation; 0 is the whole split", low=0)

@@ -1,0 +1,1 @@
+"""From a bundle to text, to scores and to the context-window report."""

@@ -1,0 +1,70 @@
+"""The `decode`, `score` and `bench` sections of an experiment.
+
+DecodeConfig(prompt="Once", max_tokens=64, temperature=0.8, top_p=0.95)
+"""
+
+import dataclasses
+
+from core.config import Section, UserError, setting
+from infer.sampling import Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig(Sampling):
+    """What `python -m infer.decode` continues, and how."""
+
+    checkpoint: str = setting("", "a bundle; empty is the workdir")
+    step: int | None = setting(None, "of the bundle; None is the newest complete one", low=0)
+    prompt: str = setting("", "one text; with no prompts either, a document from its start")
+    prompts: str = setting("", "a .txt (a prompt a line), a .jsonl (text or tokens), - for stdin")
+    max_tokens: int = setting(128, "new tokens a row at most", low=1)
+    stop: tuple[str, ...] = setting((), "strings that end a row; they are never shown")
+    seed: int = setting(0, "sample i of a prompt draws from (seed, i)", low=0, high=2**32 - 1)
+    n: int = setting(1, "samples a prompt", low=1)
+    logprobs: bool = setting(False, "give the model's own log-probability of each new token")
+    stream: bool = setting(True, "show text as it comes, not when its row has ended")
+    output: str = setting("", "a JSON lines file of the results")
+    batch_size: int = setting(8, "rows at a time, over all devices", low=1)
+    prefill_chunk: int = setting(512, "prompt tokens of a row in one step", low=1)
+
+    def check(self) -> None:
+        if self.temperature == 0 and self.n > 1:
+            raise UserError(
+                f"temperature=0 with n={self.n}: greedy samples are all the same; "
+                "set n=1 or a temperature"
+            )
+        if self.prompt and self.prompts:
+            raise UserError(f"prompt={self.prompt!r} and prompts={self.prompts!r}: give one")
+        if "" in self.stop:
+            raise UserError(f"stop={self.stop!r} holds an empty string, which ends every text")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreConfig(Section):
+    """What `python -m infer.score` reads."""
+
+    checkpoint: str = setting("", "a bundle; empty is the workdir")
+    step: int | None = setting(None, "of the bundle; None is the newest complete one", low=0)
+    input: str = setting("", "a .jsonl (text or tokens), a .txt (a text a line), - for stdin")
+    output: str = setting("", "a JSON lines file of the results")
+    batch_size: int = setting(8, "rows at a time, over all devices", low=1)
+    prefill_chunk: int = setting(512, "tokens of a row in one step", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig(Section):
+    """The context-window sweep of `python -m infer.bench`: speed and memory, not quality."""
+
+    checkpoint: str = setting("", "a bundle; empty is the workdir, or random weights")
+    step: int | None = setting(None, "of the bundle; None is the newest complete one", low=0)
+    contexts: tuple[int, ...] = setting(
+        (256, 512, 1024, 2048, 4096, 8192, 16384), "tokens before the decoded ones", low=1
+    )
+    batch_size: int = setting(1, "rows at a time, over all devices", low=1)
+    prefill_chunk: int = setting(512, "tokens of a row in one step", low=1)
+    repeats: int = setting(3, "measurements of 8 decoded tokens; the median counts", low=1)
+    output: str = setting("", "a folder; empty is WORKDIR/bench")
+
+    def check(self) -> None:
+        if not self.contexts:
+            raise UserError("contexts=() is empty: give at least one")

@@ -1,0 +1,174 @@
+"""Chunked prefill and a jitted decode loop over one donated cache, for a batch of rows.
+
+engine = Engine(model, Plan(batch=8, length=1024, chunk=256), tokenizer, Sampling())
+state = engine.start(engine.prefill(prompts), prompts, samples, max_tokens=64, seed=0)
+for tokens_BC, logprobs_BC in engine.decode(state, stopped_B): ...
+"""
+
+import functools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from core import sharding
+from data.tokenizer import Tokenizer
+from infer import steps
+from infer.sampling import Counts, Sampling
+from infer.steps import Prefilled, State
+from model import cache
+from model.transformer import Transformer
+
+
+class Plan(NamedTuple):
+    """The shapes that an engine compiles for."""
+
+    batch: int  # rows, a multiple of the mesh's data * seq
+    length: int  # tokens a row, prompt and new ones
+    chunk: int  # tokens a row in one prefill step
+
+    @classmethod
+    def of(cls, rows: int, prompt: int, new: int, chunk: int) -> "Plan":
+        """Rows up to what the mesh divides; chunks no longer than the prompts, in powers of 2."""
+        shards = sharding.decoding().size("batch")
+        chunk = min(chunk, max(16, 2 ** math.ceil(math.log2(max(prompt, 1)))))
+        return cls(math.ceil(rows / shards) * shards, prompt + new, chunk)
+
+
+def _keys(seed: jax.Array, sample_B: jax.Array) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), sample_B)
+
+
+class Engine:
+    """A model with its prefill and decode steps, compiled for one `Plan` when first used."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        plan: Plan,
+        tokenizer: Tokenizer | None = None,
+        how: Sampling = Sampling(),  # noqa: B008 (frozen)
+    ):
+        self.model, self.plan, self._how = model, plan, how
+        static = dict(
+            how=how,
+            eos=tokenizer.eos if tokenizer else -1,
+            vocab_size=tokenizer.vocab_size if tokenizer else model.config.vocab_size,
+        )
+        self._jitted = {
+            "empty": jax.jit(self._empty),
+            "keys": jax.jit(_keys),
+            "extend": jax.jit(steps.extend, donate_argnums=1),
+            "advance": jax.jit(functools.partial(steps.advance, **static), donate_argnums=1),
+        }
+        self._compiled = {}
+        self.compile_seconds = 0.0
+
+    def clock(self) -> float:
+        """Seconds that stand still while the engine compiles."""
+        return time.perf_counter() - self.compile_seconds
+
+    def _run(self, name: str, *args: Any) -> Any:
+        if name not in self._compiled:
+            began = time.perf_counter()
+            self._compiled[name] = self._jitted[name].lower(*args).compile()
+            self.compile_seconds += time.perf_counter() - began
+        return self._compiled[name](*args)
+
+    def empty(self) -> Prefilled:
+        """A cache without tokens."""
+        return self._run("empty")
+
+    def _empty(self) -> Prefilled:
+        config, rules = self.model.config, self.model.rules
+        kv = cache.create(config, self.plan.batch, self.plan.length, rules)
+        shape = (self.plan.batch, config.embed_dim)
+        zeros_BD = jnp.zeros(shape, config.compute_dtype, out_sharding=rules("batch", None))
+        return Prefilled(kv, zeros_BD)
+
+    def place(self, x: np.ndarray) -> jax.Array:
+        """Rows on the devices that work on them."""
+        names = ("batch",) + (None,) * (x.ndim - 1)
+        return jax.device_put(x, self.model.rules(*names))
+
+    def prefill(
+        self, rows: Sequence[np.ndarray], now: Prefilled | None = None, first: int = 0
+    ) -> Prefilled:
+        """The tokens `first` and later of at most `plan.batch` rows, in chunks, after `now`."""
+        now = self.empty() if now is None else now
+        for tokens_BT, start, length_B in self.chunks(rows, first):
+            now = self._run("extend", self.model, now, tokens_BT, start, length_B)
+        return now
+
+    def chunks(
+        self, rows: Sequence[np.ndarray], first: int = 0
+    ) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
+        """(tokens [B, chunk], where they start, tokens of each row [B]) up to the longest row."""
+        B, chunk = self.plan.batch, self.plan.chunk
+        length_B = np.zeros(B, np.int32)
+        length_B[: len(rows)] = [len(row) for row in rows]
+        end = first + math.ceil((length_B.max() - first) / chunk) * chunk
+        tokens_BT = np.zeros((B, end), np.int32)
+        for b, row in enumerate(rows):
+            tokens_BT[b, : len(row)] = row
+        lengths = self.place(length_B)
+        for start in range(first, end, chunk):
+            yield self.place(tokens_BT[:, start : start + chunk]), jnp.int32(start), lengths
+
+    def start(
+        self,
+        now: Prefilled,
+        prompts: Sequence[np.ndarray],
+        samples: Sequence[int],
+        max_tokens: int,
+        seed: int,
+    ) -> State:
+        """`now` holds the prompts, no token is new yet; row b draws by (seed, samples[b])."""
+        B, V = self.plan.batch, self.model.config.vocab_size
+        length_B, sample_B, limit_B = (np.zeros(B, np.int32) for _ in range(3))
+        length_B[: len(prompts)] = [len(prompt) for prompt in prompts]
+        sample_B[: len(prompts)], limit_B[: len(prompts)] = samples, max_tokens
+        keys_B = self._run("keys", jnp.uint32(seed), self.place(sample_B))
+        counts = None
+        if self._how.penalises:
+            prompt_BV = np.zeros((B, V), bool)
+            for b, prompt in enumerate(prompts):
+                prompt_BV[b, prompt] = True
+            counts = Counts(self.place(prompt_BV), self.place(np.zeros((B, V), np.int32)))
+        length_B, made_B, limit_B, done_B = map(
+            self.place, (length_B, np.zeros(B, np.int32), limit_B, limit_B == 0)
+        )
+        return State(now, length_B, made_B, limit_B, done_B, keys_B, counts)
+
+    def advance(
+        self, state: State, stopped_B: np.ndarray
+    ) -> tuple[State, tuple[jax.Array, jax.Array, jax.Array]]:
+        """One call of the decode loop, under way when this returns; `state` is used up."""
+        state, *out = self._run("advance", self.model, state, self.place(stopped_B.copy()))
+        return state, tuple(out)
+
+    def decode(
+        self, state: State, stopped_B: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(tokens, log-probabilities) [B, STEPS] until all rows have ended; -1 after an end.
+
+        The next call is under way while the caller looks at these. The caller ends row b early
+        by setting `stopped_B[b]`.
+        """
+        state, ready = self.advance(state, stopped_B)
+        while True:
+            state, coming = self.advance(state, stopped_B)
+            tokens_BC, logprobs_BC, finished = jax.device_get(ready)
+            yield tokens_BC, logprobs_BC
+            if finished or stopped_B.all():
+                return
+            ready = coming
+
+    def temporary_bytes(self) -> int:
+        """Bytes that the compiled steps need on a device beside weights and cache."""
+        compiled = (self._compiled[name] for name in ("extend", "advance"))
+        return max(program.memory_analysis().temp_size_in_bytes for program in compiled)

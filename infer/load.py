@@ -1,0 +1,78 @@
+"""A model from its bundle, placed for decoding.
+
+found = find("runs/quickstart")  # config and tokenizer, no weights yet
+with jax.set_mesh(make_mesh(MeshConfig())):
+    model = restore(found)
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from core import sharding, tree
+from core.checkpoint import Bundle
+from core.config import UserError
+from data.tokenizer import Tokenizer
+from model import transformer
+from model.config import ModelConfig
+from model.transformer import Transformer
+
+
+class Found(NamedTuple):
+    """What a bundle tells before its weights are read."""
+
+    path: Path
+    step: int
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+
+
+def find(path: str | Path, step: int | None = None) -> Found:
+    """Opens the bundle at `path`; UserError if there is none, or no such complete step."""
+    bundle = Bundle(path)
+    try:
+        config = bundle.config(model=ModelConfig).model
+        tokenizer = Tokenizer.load(bundle.tokenizer) if bundle.tokenizer else None
+        found = Found(bundle.path, bundle.choose(step), config, tokenizer)
+    finally:
+        bundle.close()
+    if tokenizer and tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, "
+            f"but the model only {config.vocab_size}"
+        )
+    return found
+
+
+def restore(found: Found) -> Transformer:
+    """The weights, placed for decoding on the mesh in use."""
+    bundle = Bundle(found.path)
+    try:
+        abstract = transformer.abstract(found.config, sharding.decoding())
+        abstract = in_compute_dtype(abstract, found.config)
+        return bundle.restore(found.step, model=abstract)["model"]
+    finally:
+        bundle.close()
+
+
+def load(
+    path: str | Path, step: int | None = None
+) -> tuple[Transformer, Tokenizer | None, ModelConfig, int]:
+    """(model, tokenizer, config, step) of a bundle, on the mesh in use."""
+    found = find(path, step)
+    return restore(found), found.tokenizer, found.config, found.step
+
+
+def in_compute_dtype(model: Transformer, config: ModelConfig) -> Transformer:
+    """Weights as they are multiplied: same numbers, fewer bytes a token. Norms stay."""
+
+    def cast(name, x):
+        if "norm" in name:
+            return x
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, config.compute_dtype, sharding=x.sharding)
+        return x.astype(config.compute_dtype)
+
+    leaves = tree.named_leaves(model)
+    return tree.with_leaves(model, {name: cast(name, x) for name, x in leaves.items()})

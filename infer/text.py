@@ -1,0 +1,126 @@
+"""Text in and text out: prompts from files, and the text of a row as its tokens come."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from core.config import UserError
+from data.tokenizer import Stream, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What a row starts with. Text starts with bos, as documents do in training."""
+
+    text: str | None  # None when token ids were given
+    tokens: np.ndarray  # int32 [T], bos included
+
+
+def read(path: str, field: str, tokenizer: Tokenizer | None, vocab_size: int) -> list[Prompt]:
+    """The prompts of a .jsonl or a .txt (one a line, an empty line included), or of stdin (-).
+
+    Stdin is .jsonl if it starts with a brace. `field` is what errors name.
+    """
+    if path == "-":
+        content = sys.stdin.read()
+        is_json = content.lstrip().startswith("{")
+    else:
+        if not Path(path).is_file():
+            raise UserError(f"{field}={path}: there is no such file")
+        is_json = path.endswith(".jsonl")
+        if not is_json and not path.endswith(".txt"):
+            raise UserError(f"{field}={path}: only .txt and .jsonl are understood, and - for stdin")
+        try:
+            content = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{field}={path} is not UTF-8: {error}") from None
+    lines = content.removesuffix("\n").split("\n") if content else []
+    if not is_json:
+        prompts = [from_text(line, tokenizer) for line in lines]
+    else:
+        prompts = [
+            _from_json(line, f"{field}={path} line {number}", tokenizer, vocab_size)
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+        ]
+    if not prompts:
+        raise UserError(f"{field}={path} is empty")
+    return prompts
+
+
+def from_text(text: str, tokenizer: Tokenizer | None) -> Prompt:
+    """The prompt bos + text."""
+    if tokenizer is None:
+        raise UserError(
+            "the bundle has no tokenizer, so it takes no text: "
+            'give a .jsonl whose lines are {"tokens": [...]}'
+        )
+    return Prompt(text, np.concatenate([[tokenizer.bos], tokenizer.encode(text)]).astype(np.int32))
+
+
+def _from_json(line: str, where: str, tokenizer: Tokenizer | None, vocab_size: int) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+    if not isinstance(row, dict) or ("text" in row) == ("tokens" in row):
+        raise UserError(f'{where} must be {{"text": ...}} or {{"tokens": [...]}}')
+    if "text" in row:
+        if not isinstance(row["text"], str):
+            raise UserError(f"{where}: text is {type(row['text']).__name__}, not a string")
+        return from_text(row["text"], tokenizer)
+    tokens = row["tokens"]
+    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+        raise UserError(f"{where}: tokens must be a list of integers")
+    if not tokens:
+        raise UserError(f"{where}: tokens is empty; give at least one")
+    wrong = [token for token in tokens if not 0 <= token < vocab_size]
+    if wrong:
+        raise UserError(f"{where}: token {wrong[0]} is not in the vocabulary of {vocab_size}")
+    return Prompt(None, np.array(tokens, np.int32))
+
+
+class Writer:
+    """The text of one row. No part of a stop string that ends it is ever given out.
+
+    A text that may be the start of a stop string is held back until that is known.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]):
+        self._stream, self._stop = Stream(tokenizer), stop
+        self._held = ""
+        self.text, self.stopped = "", False
+
+    def push(self, token: int) -> str:
+        """What may be shown after this token; `stopped` tells that a stop string is complete."""
+        return self._show(self._stream.push(token))
+
+    def flush(self) -> str:
+        """What was held back: the row has ended without a stop string."""
+        shown = self._show(self._stream.flush())
+        rest, self._held = ("" if self.stopped else self._held), ""
+        self.text += rest
+        return shown + rest
+
+    def _show(self, new: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + new
+        # The first stop string to be complete counts, however the text was cut into tokens.
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, shown, self._held = True, text[: min(found)[1]], ""
+        else:
+            hold = max((_overlap(text, stop) for stop in self._stop), default=0)
+            shown, self._held = text[: len(text) - hold], text[len(text) - hold :]
+        self.text += shown
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` starts with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

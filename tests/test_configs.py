@@ -1,0 +1,60 @@
+"""Every experiment in configs/ runs at `:tiny` through all commands that it has sections for."""
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+
+from core import cli
+from core.config import UserError, freeze, from_json, sections, to_json
+from data import prepare
+from infer import bench, decode, score
+from train import pretrain
+
+FILES = sorted(p for p in Path("configs").glob("*.py") if p.name != "__init__.py")
+COMMANDS = {
+    "data": prepare.main,
+    "train": pretrain.main,
+    "decode": decode.main,
+    "score": score.main,
+    "bench": bench.main,
+}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_tiny_runs_the_whole_life(file, tmp_path, capsys):
+    config = cli.load(f"{file}:tiny")
+    config.workdir = str(tmp_path / "run")
+    config.mesh.simulate = 0  # the session's 8 devices are there already
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"text": "import os\n"}) + "\n")
+    config.score.input = str(texts)
+    experiment = freeze(config)
+    for section, command in COMMANDS.items():
+        if section in sections(experiment):
+            command(experiment)
+    out = capsys.readouterr().out
+    assert "perplexity" in out
+    rows = [json.loads(s) for s in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["bits_per_byte"] > 0
+    assert rows[-2]["loss"] < rows[0]["loss"]
+    report = json.loads((tmp_path / "run/bench/report.json").read_text())
+    assert {row["attention"] for row in report["rows"]} >= {"full", "sliding"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_full_size_is_valid_and_survives_json(file):
+    experiment = freeze(cli.load(str(file)))
+    classes = {name: type(section) for name, section in sections(experiment).items()}
+    assert from_json(to_json(experiment), **classes) == experiment
+    with pytest.raises(UserError, match=":tiny"):
+        cli.load(f"{file}:huge")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_docstring_has_command_hardware_and_expectation(file):
+    doc = inspect.cleandoc(compile(file.read_text(), file, "exec").co_consts[0])
+    assert f"--config={file}" in doc
+    assert "Hardware:" in doc and "Expected:" in doc

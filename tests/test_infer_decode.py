@@ -1,0 +1,305 @@
+"""Decoding against a plain loop of whole forward passes; prompts, stops, streams and refusals."""
+
+import dataclasses
+import io
+import json
+from types import SimpleNamespace
+
+import infer_cases as cases
+import jax
+import numpy as np
+import pytest
+from conftest import make_mesh
+
+from core import tree
+from core.config import UserError
+from data.tokenizer import Tokenizer
+from infer import decode, load, text
+from infer.config import DecodeConfig
+from infer.engine import Engine, Plan
+from infer.sampling import Sampling
+from infer.text import Writer
+
+NEW = 13
+PROMPTS = [np.random.default_rng(n).integers(0, 320, n).astype(np.int32) for n in (1, 5, 13, 23)]
+PENALTIES = Sampling(top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.3, presence_penalty=0.2)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """A workdir with a bundle and its tokenizer."""
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        workdir = tmp_path_factory.mktemp("bundle")
+        cases.save(workdir)
+    return workdir
+
+
+@pytest.fixture(autouse=True)
+def small_mesh(monkeypatch):
+    """`main` would take all 8 simulated devices, which only costs time here."""
+    monkeypatch.setattr(decode, "make_mesh", lambda _: make_mesh((1, 1, 1)))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(bundle):
+    return Tokenizer.load(bundle / "tokenizer")
+
+
+def run(bundle, model=None, **fields):
+    """The rows of `python -m infer.decode` with these fields."""
+    fields = {"max_tokens": 12, "temperature": 0.0, **fields}
+    return decode.main(cases.experiment(bundle, model, decode=DecodeConfig(**fields)))
+
+
+def generate(
+    model, prompts, how, chunk=5, samples=(0, 1, 2, 3), batch=None, eos=-1, vocab_size=320
+):
+    """(tokens, log-probabilities) of each row, until its end."""
+    tokenizer = SimpleNamespace(eos=eos, vocab_size=vocab_size)
+    plan = Plan.of(batch or len(prompts), max(map(len, prompts)), NEW, chunk)
+    engine = Engine(model, plan, tokenizer, how)
+    state = engine.start(engine.prefill(prompts), prompts, samples[: len(prompts)], NEW, seed=3)
+    out = list(engine.decode(state, np.zeros(plan.batch, bool)))
+    tokens_BC, logprobs_BC = (np.concatenate(parts, axis=1) for parts in zip(*out, strict=True))
+    made = [row >= 0 for row in tokens_BC[: len(prompts)]]
+    return [tokens_BC[b, m].tolist() for b, m in enumerate(made)], logprobs_BC
+
+
+@pytest.mark.parametrize(
+    ("chunk", "fields"),
+    [(5, {}), (512, dict(attention_kernel="chunked"))],
+    ids=["chunks", "one chunk"],
+)
+def test_greedy_is_argmax_of_the_full_forward(one_device, chunk, fields):
+    config = cases.model_config(**fields)
+    model = cases.random_model(config)
+    tokens, logprobs_BC = generate(model, PROMPTS, Sampling(temperature=0), chunk, vocab_size=290)
+    for b, prompt in enumerate(PROMPTS):
+        assert tokens[b] == cases.greedy(model, prompt, NEW, 290)
+        logits_TV = cases.full_logits(model, [*prompt, *tokens[b]])[len(prompt) - 1 : -1]
+        expected_TV = jax.nn.log_softmax(logits_TV, axis=-1)
+        expected_T = np.take_along_axis(np.asarray(expected_TV), np.c_[tokens[b]], axis=1)[:, 0]
+        np.testing.assert_allclose(logprobs_BC[b, :NEW], expected_T, atol=2e-5)
+
+
+def test_a_row_does_not_depend_on_its_batch(one_device):
+    model = cases.random_model()
+    together, _ = generate(model, PROMPTS, PENALTIES)
+    turned, _ = generate(model, PROMPTS[::-1], PENALTIES, samples=(3, 2, 1, 0))
+    assert turned[::-1] == together
+    alone, _ = generate(model, PROMPTS[3:], PENALTIES, samples=(3,), batch=4)
+    assert alone == together[3:]
+
+
+def test_penalties_count_prompt_and_output(one_device):
+    model = cases.random_model()
+    how = Sampling(temperature=0, presence_penalty=2.0, repetition_penalty=1e6)
+    # Of the 60 tokens there are, the prompt holds so many that chance would hit one.
+    prompts = [*PROMPTS[:3], PROMPTS[3] % 40]
+    (*_, tokens), _ = generate(model, prompts, how, vocab_size=60)
+    # Positive logits of seen tokens become 0, negative ones vast: none can win again.
+    assert len(set(tokens)) == NEW and not set(tokens) & set(prompts[3].tolist())
+
+
+def test_rows_end_at_eos_and_the_others_go_on(one_device):
+    model = cases.random_model()
+    free, _ = generate(model, PROMPTS, Sampling())
+    eos = free[2][3]
+    ended, _ = generate(model, PROMPTS, Sampling(), eos=eos)
+    for before, after in zip(free, ended, strict=True):
+        assert after == (before[: before.index(eos) + 1] if eos in before else before)
+    assert len(ended[2]) == 4
+
+
+def test_a_mesh_decodes_as_one_device():
+    results = []
+    for sizes in ((1, 1, 1), (2, 1, 2)):  # data and model; a row that only fills the batch
+        with jax.set_mesh(make_mesh(sizes)):
+            results.append(generate(cases.random_model(), PROMPTS[1:], PENALTIES, batch=3))
+    assert results[0][0] == results[1][0]
+    np.testing.assert_allclose(results[0][1][:3], results[1][1][:3], atol=1e-4)
+
+
+def test_output_rows(bundle, tmp_path, tokenizer, capsys):
+    output = tmp_path / "folder" / "out.jsonl"
+    prompts = cases.write_jsonl(
+        tmp_path / "in.jsonl", [{"text": "the cat"}, {"tokens": [1, 20, 21]}, {"text": ""}]
+    )
+    rows = run(bundle, prompts=prompts, output=str(output), logprobs=True, batch_size=2)
+    assert [json.loads(line) for line in output.read_text().splitlines()] == rows
+    assert [row["prompt"] for row in rows] == ["the cat", None, ""]
+    assert rows[0]["prompt_tokens"] == [1, *tokenizer.encode("the cat").tolist()]
+    assert rows[1]["prompt_tokens"] == [1, 20, 21] and rows[2]["prompt_tokens"] == [1]
+    for row in rows:
+        assert row["text"] == tokenizer.decode(row["tokens"])
+        assert len(row["logprobs"]) == len(row["tokens"])
+        ended = row["tokens"][-1] == tokenizer.eos
+        assert row["finish_reason"] == ("stop" if ended else "length")
+        assert ended or len(row["tokens"]) == 12
+        assert row["prefill_seconds"] > 0 and row["decode_seconds"] > 0
+        assert row["tokens_per_second"] == len(row["tokens"]) / row["decode_seconds"]
+    assert capsys.readouterr().out == "".join(row["text"] + "\n" for row in rows)
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_a_seed_gives_one_text_and_samples_differ(bundle, tokenizer):
+    runs = [run(bundle, prompt="the", temperature=2.0, n=3, seed=seed) for seed in (4, 4, 5)]
+    texts = [[row["text"] for row in rows] for rows in runs]
+    assert texts[0] == texts[1] != texts[2]
+    assert len(set(texts[0])) == 3
+    assert "logprobs" not in runs[0][0]
+    # The model has 320 rows of the vocabulary, of which 30 are padding.
+    drawn = {token for rows in runs for row in rows for token in row["tokens"]}
+    assert len(drawn) > 30 and max(drawn) < tokenizer.vocab_size == 290
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_stop_string_ends_text_and_stream(bundle, capsys, stream):
+    free = run(bundle, prompt="the", max_tokens=40)[0]
+    capsys.readouterr()
+    stop = free["text"][7:10]
+    row = run(bundle, prompt="the", max_tokens=40, stop=("never", stop), stream=stream)[0]
+    assert row["text"] == free["text"][: free["text"].find(stop)]
+    assert row["finish_reason"] == "stop" and len(row["tokens"]) < 40
+    assert row["tokens"] == free["tokens"][: len(row["tokens"])]
+    assert capsys.readouterr().out == row["text"] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "stop", "expected", "stopped"),
+    [
+        ("abcdef", ("cd",), "ab", True),
+        ("abcabd", ("abd",), "abc", True),
+        ("aaab", ("aab",), "a", True),
+        ("the", ("the", "h"), "t", True),  # "h" is complete first, though "the" is one token
+        ("abcde", ("cde", "bcde"), "a", True),  # both end here, and neither is shown
+        ("one\u2603two\u20acthree", ("\u20act",), "one\u2603two", True),
+        ("ends with part of a st", ("stop",), "ends with part of a st", False),
+        ("half \u2603", ("\ufffd",), "half \u2603", False),
+    ],
+)
+def test_stop_strings_across_tokens(tokenizer, content, stop, expected, stopped):
+    pieces = tokenizer.encode(content).tolist()
+    assert content != "the" or len(pieces) == 1
+    # The byte tokens 5..260 cut characters, and stop strings, at every place.
+    for tokens in (pieces, [5 + byte for byte in content.encode()]):
+        writer, shown = Writer(tokenizer, stop), ""
+        for token in tokens:
+            shown += writer.push(token)
+            assert shown == writer.text and expected.startswith(shown)
+        shown += writer.flush()
+        assert (shown, writer.text, writer.stopped) == (expected, expected, stopped)
+
+
+def test_text_is_shown_as_soon_as_no_stop_string_can_begin_with_it(tokenizer):
+    writer = Writer(tokenizer, ("cat!",))
+    shown = [writer.push(5 + byte) for byte in b"a cab cat"]
+    assert shown == ["a", " ", "", "", "cab", " ", "", "", ""]
+    assert writer.flush() == "cat"
+
+
+def test_a_bundle_without_a_tokenizer_speaks_ids(one_device, tmp_path, capsys):
+    cases.save(tmp_path, with_tokenizer=False)
+    prompts = cases.write_jsonl(tmp_path / "p.jsonl", [{"tokens": [5, 6, 7]}])
+    (row,) = run(tmp_path, prompts=prompts)
+    assert row["prompt"] is None and row["text"] is None and len(row["tokens"]) == 12
+    assert row["prompt_tokens"] == [5, 6, 7]
+    assert capsys.readouterr().out.split() == [str(token) for token in row["tokens"]]
+    model, tokenizer, _, step = load.load(tmp_path)
+    assert tokenizer is None and step == cases.STEP
+    assert row["tokens"] == cases.greedy(model, [5, 6, 7], 12, 320)
+    for fields in (dict(prompt="text"), dict(), dict(prompts=prompts, stop=("x",))):
+        with pytest.raises(UserError, match="the bundle has no tokenizer"):
+            run(tmp_path, **fields)
+
+
+def test_prompts_from_a_text_file_and_from_stdin(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "p.txt").write_text("one\n\ntwo {\n")
+    prompts = text.read(str(tmp_path / "p.txt"), "decode.prompts", tokenizer, 290)
+    assert [prompt.text for prompt in prompts] == ["one", "", "two {"]
+    for content, expected in (("a\nb", ["a", "b"]), ('{"text": "c\\nd"}\n', ["c\nd"])):
+        monkeypatch.setattr("sys.stdin", io.StringIO(content))
+        prompts = text.read("-", "decode.prompts", tokenizer, 290)
+        assert [prompt.text for prompt in prompts] == expected
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"text": "a"}\nnonsense', "in.jsonl line 2 is not JSON"),
+        ('{"txt": "a"}', 'line 1 must be {"text": ...} or {"tokens": [...]}'),
+        ('{"text": 3}', "line 1: text is int, not a string"),
+        ('{"tokens": "3"}', "line 1: tokens must be a list of integers"),
+        ('{"tokens": []}', "line 1: tokens is empty"),
+        ('{"tokens": [3, 290]}', "line 1: token 290 is not in the vocabulary of 290"),
+        ("", "in.jsonl is empty"),
+    ],
+)
+def test_refused_rows(bundle, tmp_path, lines, message):
+    (tmp_path / "in.jsonl").write_text(lines)
+    with pytest.raises(UserError) as error:
+        run(bundle, prompts=str(tmp_path / "in.jsonl"))
+    assert message in str(error.value) and "decode.prompts=" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(n=2), "temperature=0 with n=2"),
+        (dict(prompt="a", prompts="b.txt"), "prompt='a' and prompts='b.txt': give one"),
+        (dict(stop=("a", "")), "stop=('a', '') holds an empty string"),
+        (dict(max_tokens=0), "max_tokens=0 is out of range"),
+        (dict(prompts="nowhere.txt"), "decode.prompts=nowhere.txt: there is no such file"),
+        (dict(prompts="config.json"), "decode.prompts=config.json: only .txt and .jsonl"),
+        (dict(step=3), "step=3 is not in"),
+        (dict(checkpoint="nowhere"), "nowhere is no bundle"),
+        (dict(max_tokens=64), "has 1 tokens, and with decode.max_tokens=64 that is more than"
+         " model.context=64: set it to 63 or less"),
+        (dict(prompt="xyzw " * 80), "model.context=64: shorten the prompt"),
+    ],
+)  # fmt: skip
+def test_refused_settings(bundle, monkeypatch, fields, message):
+    monkeypatch.setattr(load, "restore", None)  # refused before any work is done
+    monkeypatch.chdir(bundle)
+    with pytest.raises(UserError) as error:
+        run(bundle, **fields)
+    assert message in str(error.value)
+
+
+def test_decoding_copies_no_cache(one_device):
+    # Slots of a single layer: XLA unrolls their scans, and then would copy the whole cache.
+    model = cases.random_model(cases.model_config(num_layers=2))
+    engine = Engine(model, Plan(1, 20_000, 16), how=Sampling(temperature=0))
+    now = engine.prefill(PROMPTS[:1])
+    size = tree.num_bytes(now.cache)
+    engine.advance(engine.start(now, PROMPTS[:1], [0], 8, seed=0), np.zeros(1, bool))
+    assert engine.temporary_bytes() < size / 4
+
+
+def test_weights_in_the_compute_dtype_compute_the_same(one_device):
+    config = cases.model_config(dtype="bfloat16")
+    model = cases.random_model(config)
+    cast = load.in_compute_dtype(model, config)
+    assert cast.embedding_VD[...].dtype == "bfloat16"
+    assert cast.final_norm.scale_D[...].dtype == "float32"
+    tokens = PROMPTS[3]
+    logits_TV, cast_TV = (cases.full_logits(m, tokens) for m in (model, cast))
+    np.testing.assert_array_equal(logits_TV, cast_TV)
+
+
+def test_every_sampling_field_reaches_the_engine(bundle, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def engine(model, plan, tokenizer, how):
+        raise Seen(how)
+
+    fields = dict(
+        temperature=0.3, top_k=2, top_p=0.3, min_p=0.5, frequency_penalty=2.0,
+        presence_penalty=1.0, repetition_penalty=5.0,
+    )  # fmt: skip
+    assert set(fields) == {field.name for field in dataclasses.fields(Sampling)}
+    monkeypatch.setattr(decode, "Engine", engine)
+    with pytest.raises(Seen) as seen:
+        run(bundle, **fields)
+    assert seen.value.args == (Sampling(**fields),)

@@ -1,0 +1,70 @@
+"""Scores against log_softmax of one whole forward pass."""
+
+import json
+import math
+
+import infer_cases as cases
+import jax
+import numpy as np
+import pytest
+from conftest import make_mesh
+
+from core.config import UserError
+from infer import load, score
+from infer.config import ScoreConfig
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """A workdir with a bundle and its tokenizer."""
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        workdir = tmp_path_factory.mktemp("bundle")
+        cases.save(workdir)
+    return workdir
+
+
+def run(bundle, monkeypatch, sizes=(1, 1, 1), **fields):
+    """The rows of `python -m infer.score` with these fields, on a mesh of these sizes."""
+    monkeypatch.setattr(score, "make_mesh", lambda _: make_mesh(sizes))
+    return score.main(cases.experiment(bundle, score=ScoreConfig(**fields)))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2)])
+def test_scores_are_those_of_the_full_forward(bundle, tmp_path, monkeypatch, capsys, sizes):
+    rng = np.random.default_rng(0)
+    rows = [{"tokens": rng.integers(0, 290, n).tolist()} for n in (30, 1, 17)]
+    path = cases.write_jsonl(tmp_path / "in.jsonl", [*rows, {"text": "the cat"}])
+    output = tmp_path / "out.jsonl"
+    # Chunks of 7: none of the lengths divides, and the window of 6 wraps around.
+    fields = dict(input=path, output=str(output), batch_size=2, prefill_chunk=7)
+    results = run(bundle, monkeypatch, sizes, **fields)
+    assert [json.loads(line) for line in output.read_text().splitlines()] == results
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        model, tokenizer, _, _ = load.load(bundle)
+        for given, row in zip(rows, results, strict=False):
+            assert row["tokens"] == given["tokens"]
+            logprobs_TV = jax.nn.log_softmax(cases.full_logits(model, row["tokens"]), axis=-1)
+            expected = [float(logprobs_TV[t, v]) for t, v in enumerate(row["tokens"][1:])]
+            assert row["logprobs"][0] is None
+            np.testing.assert_allclose(row["logprobs"][1:], expected, atol=1e-4)
+            if expected:
+                assert row["mean_logprob"] == pytest.approx(np.mean(expected), abs=1e-4)
+                assert row["perplexity"] == pytest.approx(math.exp(-row["mean_logprob"]))
+    assert results[1]["mean_logprob"] is None and results[1]["perplexity"] is None
+    assert results[3]["tokens"] == [1, *tokenizer.encode("the cat").tolist()]
+    total = sum(sum(row["logprobs"][1:]) for row in results)
+    count = sum(len(row["tokens"]) - 1 for row in results)
+    out = capsys.readouterr().out
+    assert f"4 texts, {count} tokens scored" in out and f"{total / count:.4f} nats" in out
+
+
+def test_refused(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "restore", None)  # refused before any work is done
+    with pytest.raises(UserError, match=r"score\.input is empty"):
+        run(bundle, monkeypatch)
+    path = cases.write_jsonl(tmp_path / "in.jsonl", [{"tokens": [3]}, {"tokens": [3] * 65}])
+    with pytest.raises(UserError, match=r"text 2 has 65 tokens, more than model\.context=64"):
+        run(bundle, monkeypatch, input=path)
+    path = cases.write_jsonl(tmp_path / "in.jsonl", [{"tokens": [300]}])
+    with pytest.raises(UserError, match=r"token 300 is not in the vocabulary of 290"):
+        run(bundle, monkeypatch, input=path)

@@ -1,0 +1,423 @@
+"""A run from its first step to its last, stopped, killed, spoiled and moved on the way."""
+
+import errno
+import json
+import math
+import os
+import signal
+import socket
+import time
+
+import jax
+import numpy as np
+import pytest
+import train_cases
+from conftest import make_mesh
+from train_cases import TRAIN, command, config_file, copy, experiment, finish, process, rows
+
+from core import sharding, tree
+from core.checkpoint import Bundle, damaged
+from data.store import TokenStore
+from model import transformer
+from model.config import ModelConfig
+from train import optimizer, pretrain, state
+
+KEYS = {"step", "loss", "tokens_per_second", "mfu", "grad_norm", "learning_rate"}
+
+
+def bundle_steps(workdir):
+    return sorted(int(path.name) for path in workdir.iterdir() if path.name.isdecimal())
+
+
+def cut_back(source, target, step):
+    """A copy of a finished run in which nothing happened after `step`."""
+    workdir = copy(source, target)
+    for newer in (s for s in bundle_steps(workdir) if s > step):
+        train_cases.shutil.rmtree(workdir / str(newer))
+    return workdir
+
+
+def at_step(monkeypatch, number, action):
+    """Runs `action(loop)` before step `number` is reported."""
+    report = pretrain.Loop.report
+
+    def reported(self, step, data, metrics):
+        if step == number:
+            action(self)
+        report(self, step, data, metrics)
+
+    monkeypatch.setattr(pretrain.Loop, "report", reported)
+
+
+def test_metrics(finished):
+    """The rows and keys that COMMANDS.md promises."""
+    found = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    *train, last = found
+    assert [row["step"] for row in train] == list(range(1, 13))
+    assert all(row.keys() >= KEYS for row in train)
+    assert last.keys() >= {"step", "eval_loss", "bits_per_byte"} and last["step"] == 12
+    losses = [row["loss"] for row in train]
+    assert losses[0] == pytest.approx(math.log(304), rel=0.02)
+    assert losses[-1] < losses[0] - 0.5, "it learns"
+    assert last["eval_loss"] == pytest.approx(losses[-1], rel=0.1)
+    rate = optimizer.schedule(TRAIN)
+    assert [row["learning_rate"] for row in train] == [float(rate(s)) for s in range(12)]
+    assert any((finished / "tensorboard").iterdir())
+
+
+def test_bundle_opens_by_itself(finished):
+    bundle = Bundle(finished)
+    described = bundle.config(**train_cases.SECTIONS)
+    assert described == experiment(finished)
+    assert bundle.steps() == [4, 8, 12] and all(map(bundle.is_complete, bundle.steps()))
+    assert bundle.tokenizer == finished / "tokenizer"
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        abstract = transformer.abstract(bundle.config(model=ModelConfig).model, sharding.whole())
+        items = bundle.restore(12, model=abstract)
+    assert items["data"] == {"global_next_index": 12 * 8}
+    assert np.isfinite(np.asarray(items["model"].embedding_VD[...])).all()
+
+
+def test_killed_run_goes_on_bit_for_bit(tmp_path, prepared, finished):
+    """kill -9 with one complete checkpoint and another under way."""
+    workdir = copy(prepared, tmp_path / "run")
+    config = config_file(experiment(workdir, mesh=dict(simulate=8)), tmp_path)
+    running = process(config, "time.sleep(0.2)")
+    until = time.monotonic() + 240
+    while damaged(workdir / "4") and running.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    running.kill()
+    assert finish(running)[0] == -signal.SIGKILL
+    assert damaged(workdir / "4") is None and 4 <= max(rows(workdir)) < 12
+    status, err = finish(process(config))
+    assert status == 0, err
+    assert "resuming from step 4" in err
+    assert rows(workdir) == rows(finished)
+    assert rows(workdir, "grad_norm") == rows(finished, "grad_norm")
+    assert rows(workdir, "eval_loss") == rows(finished, "eval_loss")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_the_next_run_goes_on(
+    tmp_path, monkeypatch, capsys, prepared, finished, number
+):
+    workdir = copy(prepared, tmp_path / "run")
+    usual = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda loop: os.kill(os.getpid(), number))
+        status, err = command(capsys, patch, experiment(workdir))
+    assert status == 0
+    (stopped,) = (s for s in bundle_steps(workdir) if s != 4)
+    assert 5 <= stopped <= 7, "it stops at once"
+    assert f"{number.name}: saved step {stopped}; run the same command to go on" in err
+    assert damaged(workdir / str(stopped)) is None
+    assert signal.getsignal(number) is usual
+    pretrain.main(experiment(workdir))
+    assert rows(workdir) == rows(finished)
+
+
+def test_sigterm_of_a_real_process_exits_with_0(tmp_path, prepared):
+    workdir = copy(prepared, tmp_path / "run")
+    config = config_file(experiment(workdir, mesh=dict(simulate=8)), tmp_path)
+    status, err = finish(process(config, "step == 3 and os.kill(os.getpid(), signal.SIGTERM)"))
+    assert status == 0, err
+    assert "SIGTERM: saved step" in err and "Traceback" not in err
+    (step,) = bundle_steps(workdir)
+    assert damaged(workdir / str(step)) is None
+
+
+def test_second_signal_stops_at_once():
+    """The first is answered; the second does what it always did."""
+    usual = signal.getsignal(signal.SIGINT)
+    with pretrain.stop_signals() as asked:
+        signal.raise_signal(signal.SIGTERM)
+        assert asked == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGINT) is usual
+    with pretrain.stop_signals() as asked:
+        assert signal.getsignal(signal.SIGINT) is not usual
+    assert signal.getsignal(signal.SIGINT) is usual
+
+
+def documents_in(batch, store):
+    """The names of the documents in the rows of `batch`, found by their tokens."""
+    stream = store[:].astype(np.int32)
+    edges, names = store.starts[1:], store.names()
+    found = set()
+    for row in np.asarray(batch.tokens):
+        windows = np.lib.stride_tricks.sliding_window_view(stream, len(row))
+        (start,) = np.flatnonzero((windows == row).all(axis=1))
+        found |= {names[np.searchsorted(edges, i, "right")] for i in (start, start + len(row) - 1)}
+    return found
+
+
+def test_loss_that_is_not_finite(tmp_path, monkeypatch, capsys, prepared):
+    """At a step that would be saved: it is not, and the message says what was in the batch."""
+    workdir = copy(prepared, tmp_path / "run")
+    seen = []
+    make = pretrain.make_train_step
+
+    def poisoned(*args):
+        good = make(*args)
+
+        def step(current, batch):
+            seen.append(jax.tree.map(np.asarray, batch))
+            current, metrics = good(current, batch)
+            return current, metrics | {"loss": metrics["loss"] * (np.nan if len(seen) == 8 else 1)}
+
+        return step
+
+    monkeypatch.setattr(pretrain, "make_train_step", poisoned)
+    status, err = command(capsys, monkeypatch, experiment(workdir))
+    assert status == 1
+    (message,) = (line for line in err.splitlines() if line.startswith("error:"))
+    assert "step 8 is not finite: " in message and "loss nan" in message
+    held = set(message.partition("Its batch held ")[2].partition(". ")[0].split(", "))
+    store = TokenStore(workdir / "data", "train")
+    assert held >= documents_in(seen[7], store)
+    assert len(held) < store.num_documents, "it names them all"
+    assert bundle_steps(workdir) == [4] and damaged(workdir / "4") is None
+    assert max(rows(workdir)) == 7, "a figure that is not finite is no row"
+
+
+@pytest.mark.slow
+def test_learning_rate_of_a_real_process_is_too_high(tmp_path, prepared):
+    workdir = copy(prepared, tmp_path / "run")
+    mesh = dict(simulate=1)
+    config = config_file(experiment(workdir, mesh=mesh, learning_rate=1e30), tmp_path)
+    status, err = finish(process(config))
+    assert status == 1
+    assert "Traceback" not in err
+    assert err.count("error:") == 1 and "is not finite: " in err and "nan" in err
+    assert bundle_steps(workdir) == []
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
+def test_goes_on_on_another_mesh(tmp_path, monkeypatch, finished, sizes):
+    workdir = cut_back(finished, tmp_path / "run", 8)
+    monkeypatch.setattr(pretrain, "make_mesh", lambda config: make_mesh(sizes))
+    pretrain.main(experiment(workdir))
+    found, expected = rows(workdir), rows(finished)
+    assert [found[s] for s in range(1, 9)] == [expected[s] for s in range(1, 9)]
+    for step in range(9, 13):
+        assert found[step] == pytest.approx(expected[step], rel=1e-5), step
+
+
+@pytest.mark.parametrize("spoil", ["truncate", "remove", "unseal"])
+def test_incomplete_newest_step(tmp_path, monkeypatch, capsys, finished, spoil):
+    workdir = copy(finished, tmp_path / "run")
+    largest = max((workdir / "12").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
+    if spoil == "truncate":
+        os.truncate(largest, largest.stat().st_size - 1)
+    elif spoil == "remove":
+        largest.unlink()
+    else:
+        largest = workdir / "12" / "files.json"
+        largest.unlink()
+    status, err = command(capsys, monkeypatch, experiment(workdir))
+    assert status == 0
+    assert f"step 12 is skipped: {largest}" in err and "using step 8" in err
+    assert "resuming from step 8" in err
+    assert rows(workdir) == rows(finished)
+    assert damaged(workdir / "12") is None
+
+
+def snapshot(workdir):
+    """Every file below and what it holds."""
+    return {p: p.read_bytes() for p in sorted(workdir.rglob("*")) if p.is_file()}
+
+
+def test_another_run_is_refused(tmp_path, monkeypatch, capsys, finished):
+    workdir = copy(finished, tmp_path / "run")
+    before = snapshot(workdir)
+    other = experiment(workdir, model=dict(mlp_dim=128), seed=7, save_every=1)
+    status, err = command(capsys, monkeypatch, other)
+    assert status == 2 and "Traceback" not in err
+    assert f"workdir={workdir} holds another run" in err
+    assert "model.mlp_dim: 64 there, 128 here" in err
+    assert "train.seed: 0 there, 7 here" in err
+    assert "--config.train.overwrite=True" in err
+    assert "save_every" not in err, "how often to save is no other run"
+    assert snapshot(workdir) == before
+
+
+def test_overwrite_starts_again_on_the_same_data(tmp_path, finished):
+    workdir = copy(finished, tmp_path / "run")
+    data = snapshot(workdir / "data")
+    (workdir / "99").mkdir()
+    first = experiment(workdir, seed=7, overwrite=True)
+    pretrain.main(first)
+    assert snapshot(workdir / "data") == data
+    assert bundle_steps(workdir) == [4, 8, 12], "99 was of the run before"
+    assert list(rows(workdir)) == list(range(1, 13))
+    assert rows(workdir)[1] != rows(finished)[1]
+    assert Bundle(workdir).config(**train_cases.SECTIONS) == first
+
+
+def test_operational_fields_may_differ(tmp_path, finished):
+    workdir = cut_back(finished, tmp_path / "run", 8)
+    pretrain.main(experiment(workdir, log_every=2, eval_every=2, save_every=1, keep=2))
+    assert bundle_steps(workdir) == [11, 12]
+    expected = rows(finished)
+    assert rows(workdir) == {step: expected[step] for step in [*range(1, 9), 10, 12]}
+    assert list(rows(workdir, "eval_loss")) == [10, 12]
+
+
+def test_finished_run_has_nothing_to_do(tmp_path, monkeypatch, capsys, finished):
+    workdir = copy(finished, tmp_path / "run")
+    steps = {p: t for p, t in snapshot(workdir).items() if "tensorboard" not in str(p)}
+    status, err = command(capsys, monkeypatch, experiment(workdir))
+    assert status == 0 and "step 12 is the last one: nothing to do" in err
+    assert {p: t for p, t in snapshot(workdir).items() if "tensorboard" not in str(p)} == steps
+
+
+def test_mistake_before_the_first_checkpoint_is_forgiven(tmp_path, monkeypatch, capsys, prepared):
+    """What failed at its start left nothing to protect: the corrected command simply runs."""
+    workdir = copy(prepared, tmp_path / "run")
+    status, _ = command(capsys, monkeypatch, experiment(workdir, batch_size=12))
+    assert status == 2
+    pretrain.main(experiment(workdir))
+    assert bundle_steps(workdir) == [4, 8, 12]
+    assert Bundle(workdir).config(**train_cases.SECTIONS) == experiment(workdir)
+
+
+def test_data_of_another_tokenizer(tmp_path, monkeypatch, capsys, finished):
+    workdir = copy(finished, tmp_path / "run")
+    manifest = json.loads((workdir / "data" / "manifest.json").read_text())
+    (workdir / "data" / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": "f" * 64}))
+    status, err = command(capsys, monkeypatch, experiment(workdir))
+    assert status == 2 and "Traceback" not in err
+    assert manifest["tokenizer"][:12] in err and "f" * 12 in err and "prepared again" in err
+
+
+MISTAKES = {
+    "batch": (dict(batch_size=12), {}, {}, ["train.batch_size=12", "mesh.data=8"]),
+    "microbatch": (dict(accumulation=2), {}, {}, ["batch_size=8", "4 rows", "mesh.data=8"]),
+    "length": (dict(length=30), dict(data=1, seq=4, model=2), {}, ["length=30", "mesh.seq=4"]),
+    "heads": ({}, dict(data=1, model=8), {}, ["model.num_heads=4", "mesh.model=8"]),
+    "kv heads": (
+        {},
+        dict(model=4),
+        dict(num_heads=12, num_kv_heads=3),
+        ["model.num_kv_heads=3", "mesh.model=4"],
+    ),
+    "mlp": ({}, dict(model=4), dict(mlp_dim=66), ["model.mlp_dim=66", "mesh.model=4"]),
+    "vocabulary": (
+        {},
+        dict(model=4),
+        dict(vocab_size=302),
+        ["model.vocab_size=302", "mesh.model=4"],
+    ),
+    "width": ({}, {}, dict(embed_dim=36), ["model.embed_dim=36", "8"]),
+    "devices": ({}, dict(data=3), {}, ["(3, 1, 1)", "8 devices"]),
+    "small vocabulary": ({}, {}, dict(vocab_size=296), ["model.vocab_size=296", "300"]),
+    "long rows": (dict(length=65536), {}, {}, ["train.length=65,536", "65,537", "5,79"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_one_message_with_both_numbers(tmp_path, monkeypatch, capsys, prepared, name):
+    train, mesh, model, numbers = MISTAKES[name]
+    workdir = copy(prepared, tmp_path / "run")
+    status, err = command(capsys, monkeypatch, experiment(workdir, mesh, model, **train))
+    assert status == 2, err
+    assert err.startswith("error: ") and err.count("error:") == 1 and "Traceback" not in err
+    for number in numbers:
+        assert number in err, err
+
+
+def test_no_prepared_data(tmp_path, monkeypatch, capsys):
+    status, err = command(capsys, monkeypatch, experiment(tmp_path / "run"))
+    assert status == 2 and "Traceback" not in err
+    assert str(tmp_path / "run" / "data") in err and "python -m data.prepare" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_workdir_that_cannot_be_written(tmp_path, monkeypatch, capsys, prepared, overwrite):
+    """Root may write anywhere, so the file system itself says no here."""
+    workdir = copy(prepared, tmp_path / "run")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(workdir))
+
+    if overwrite:
+        pretrain.run.checkpoint.create(workdir, "{}", None)
+        monkeypatch.setattr("pathlib.Path.unlink", refuse)
+    else:
+        monkeypatch.setattr("shutil.copytree", refuse)
+    status, err = command(capsys, monkeypatch, experiment(workdir, overwrite=overwrite))
+    assert status == 2 and "Traceback" not in err
+    assert f"workdir={workdir} cannot be written: Permission denied" in err
+
+
+def test_disk_that_fills_up(tmp_path, prepared):
+    """A real process may write no file beyond 16 KB after its first save, checkpoints need more."""
+    workdir = copy(prepared, tmp_path / "run")
+    config = config_file(experiment(workdir, mesh=dict(simulate=8)), tmp_path)
+    full = "step == 7 and (loop.run.bundle.wait(), "
+    full += "resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384)))"
+    status, err = finish(process(config, full))
+    assert status == 1
+    (message,) = (line for line in err.splitlines() if line.startswith("error:"))
+    assert "saving near step" in message and f"step 4 is complete in {workdir}" in message
+    good = Bundle(workdir)
+    assert good.choose() == 4
+    with jax.set_mesh(make_mesh((8, 1, 1))):
+        rules = sharding.training()
+        names = tree.named_leaves(transformer.abstract(train_cases.MODEL, rules))
+        abstract = state.abstract(train_cases.MODEL, rules, optimizer.make(TRAIN, names))
+        good.restore(4, model=abstract.model, optimizer=abstract.opt_state)
+    pretrain.main(experiment(workdir))
+    assert bundle_steps(workdir) == [4, 8, 12]
+    left = {p.name for p in workdir.iterdir() if not p.name.isdecimal()}
+    assert left == {"config.json", "tokenizer", "data", "metrics.jsonl", "tensorboard"}
+
+
+def test_failed_save_keeps_the_good_one(tmp_path, monkeypatch, capsys, prepared):
+    """The error comes while step 8 is handed over."""
+    workdir = copy(prepared, tmp_path / "run")
+    save = Bundle.save
+
+    def full(self, step, items, data):
+        if step == 8:
+            self.wait()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, step, items, data)
+
+    monkeypatch.setattr(Bundle, "save", full)
+    status, err = command(capsys, monkeypatch, experiment(workdir))
+    assert status == 1 and "Traceback" not in err
+    assert "saving near step 8 failed; step 4 is complete" in err
+    assert "No space left on device" in err
+    assert bundle_steps(workdir) == [4] and damaged(workdir / "4") is None
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path, prepared, finished):
+    """Four devices each train as eight of one process do; one process opens what they saved."""
+    workdir = copy(prepared, tmp_path / "run")
+    config = config_file(experiment(workdir, mesh=dict(simulate=4)), tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    stop = "step == 9 and os._exit(9)"
+    both = [
+        process(
+            config,
+            stop,
+            JAX_COORDINATOR_ADDRESS=address,
+            JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(index),
+        )
+        for index in range(2)
+    ]
+    ends = [finish(running) for running in both]
+    assert all(status != 0 for status, _ in ends), ends
+    assert bundle_steps(workdir)[0] == 4 and damaged(workdir / "4") is None, ends
+    expected, found = rows(finished), rows(workdir)
+    for step in range(1, 8):
+        assert found[step] == pytest.approx(expected[step], rel=1e-5), step
+    pretrain.main(experiment(workdir))
+    assert bundle_steps(workdir) == [4, 8, 12]
+    for step, loss in rows(workdir).items():
+        assert loss == pytest.approx(expected[step], rel=1e-5), step

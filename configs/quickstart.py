@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = editable(
         Experiment(
             name="quickstart",
-            data=DataConfig(source="stdlib", vocab_size=4096, validation_fraction=0.02),
+            data=DataConfig(source="stdlib", vocab_size=4096, validation_fraction=0.05),
             model=ModelConfig(
                 vocab_size=4096,
                 context=16384,
@@ -39,11 +39,11 @@ def get_config(arg: str = "") -> ConfigDict:
             ),
             mesh=MeshConfig(),
             train=TrainConfig(
-                steps=400,
+                steps=500,
                 batch_size=4,
                 length=512,
                 learning_rate=4e-3,
-                eval_every=200,
+                eval_every=250,
                 save_every=100,
             ),
             decode=DecodeConfig(

@@ -242,7 +242,8 @@ def loop(workdir, monkeypatch, **fields):
     evaluated = []
 
     def fake_step(config, rule, rules):
-        metrics = {name: jnp.float32(1) for name in ("loss", "grad_norm", "tokens")}
+        names = ("loss", "grad_norm", "learning_rate", "tokens")
+        metrics = {name: jnp.float32(1) for name in names}
         return lambda current, batch: (current, metrics)
 
     def fake_evaluate(model, batches, feed, split, limit):

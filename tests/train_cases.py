@@ -200,3 +200,15 @@ def weights(model: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     with jax.set_mesh(jax.make_mesh((1, 1, 1), sharding.AXES, explicit, devices=jax.devices()[:1])):
         fresh = transformer.create(model, sharding.training(), jax.random.key(seed))
         return {name: np.asarray(leaf) for name, leaf in tree.named_leaves(fresh).items()}
+
+
+def bundle_steps(workdir):
+    return sorted(int(path.name) for path in workdir.iterdir() if path.name.isdecimal())
+
+
+def cut_back(source, target, step):
+    """A copy of a finished run in which nothing happened after `step`."""
+    workdir = copy(source, target)
+    for newer in (s for s in bundle_steps(workdir) if s > step):
+        shutil.rmtree(workdir / str(newer))
+    return workdir

@@ -26,7 +26,7 @@ from data.loader import documents_of, rows_before, train_batches, validation_bat
 from data.store import TokenStore
 from model.config import ModelConfig
 from model.flops import training_flops_per_token
-from train import optimizer, run
+from train import run
 from train.config import TrainConfig
 from train.evaluate import evaluate
 from train.feed import Feed
@@ -64,7 +64,6 @@ class Loop:
         self.validation = validation_batches(val, config.batch_size, config.length, *shard)
         self.manifest = val.manifest
         self.train_step = make_train_step(config, begun.optimizer, begun.rules)
-        self.schedule = optimizer.schedule(config)
         self.first = int(self.state.step)
         self.metrics = MetricsWriter(begun.bundle.path, self.first)
         self.progress = TrainProgress(config.steps, self.first)
@@ -96,7 +95,7 @@ class Loop:
             if evaluates:
                 self.evaluate(step)
             if saves:
-                self.save(step, data)
+                self.save(step, data, wait=last)
             if saves or evaluates:
                 self._clock, self._clock_step = time.perf_counter(), step
             if asked:
@@ -126,7 +125,7 @@ class Loop:
         row = {
             "loss": values["loss"],
             "grad_norm": values["grad_norm"],
-            "learning_rate": float(self.schedule(step - 1)),
+            "learning_rate": values["learning_rate"],
             "tokens_per_second": rate,
             **used,
         }
@@ -145,13 +144,13 @@ class Loop:
             f"{row['bits_per_byte']:.3f} bits per byte | gzip -9 of the same documents {gzip:.3f}"
         )
 
-    def save(self, step: int, data: dict[str, int]) -> None:
-        """Starts saving; a failure ends the run and names the step that is still good."""
+    def save(self, step: int, data: dict[str, int], wait: bool) -> None:
+        """Starts saving, or saves; a failure ends the run and names the step that is still good."""
         bundle = self.run.bundle
         try:
             items = {"model": self.state.model, "optimizer": self.state.opt_state}
             bundle.save(step, items, data)
-            if step == self.config.steps:
+            if wait:
                 bundle.wait()
         except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk
             good = [s for s in bundle.steps() if bundle.is_complete(s)]

@@ -12,6 +12,7 @@ from data.batch import Batch
 from model.transformer import Remat, Transformer
 from train.config import TrainConfig
 from train.loss import next_token_loss
+from train.optimizer import schedule
 from train.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -30,7 +31,8 @@ def loss_sums(
 def make_train_step(
     config: TrainConfig, optimizer: optax.GradientTransformation, rules: Rules
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """`step(state, batch) -> state, metrics`: loss (mean nats a token), grad_norm, tokens."""
+    """`step(state, batch) -> state, metrics`; the loss is a mean over weighted tokens, in nats."""
+    rate = schedule(config)
 
     def gradient(model, batch, num_tokens):
         def mean_loss(model):
@@ -57,7 +59,12 @@ def make_train_step(
         parameters, grads = tree.named_leaves(state.model), tree.named_leaves(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, parameters)
         model = tree.with_leaves(state.model, optax.apply_updates(parameters, updates))
-        metrics = {"loss": nll, "grad_norm": optax.global_norm(grads), "tokens": num_tokens}
+        metrics = {
+            "loss": nll,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": rate(state.step),
+            "tokens": num_tokens,
+        }
         return TrainState(state.step + 1, model, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -24,9 +24,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config = editable(
         Experiment(
             name="quickstart",
-            data=DataConfig(source="stdlib", vocab_size=2048, validation_fraction=0.05),
+            data=DataConfig(source="stdlib", vocab_size=4096, validation_fraction=0.02),
             model=ModelConfig(
-                vocab_size=2048,
+                vocab_size=4096,
                 context=16384,
                 num_layers=4,
                 embed_dim=256,
@@ -39,14 +39,12 @@ def get_config(arg: str = "") -> ConfigDict:
             ),
             mesh=MeshConfig(),
             train=TrainConfig(
-                steps=1300,
-                batch_size=2,
+                steps=600,
+                batch_size=4,
                 length=512,
-                learning_rate=3e-3,
-                warmup=100,
-                beta2=0.98,  # small batches: average over more of them
-                eval_every=650,
-                save_every=325,
+                learning_rate=4e-3,
+                eval_every=300,
+                save_every=150,
             ),
             decode=DecodeConfig(
                 prompt="def read_lines(path):\n", max_tokens=160, temperature=0.7, top_p=0.95

@@ -31,6 +31,7 @@ def context(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
 
 def _panel(axes, rows: list[dict[str, Any]], field: str, unit: float) -> None:
+    top = max(row[field] for row in rows) / unit
     for attention in dict.fromkeys(row["attention"] for row in rows):
         mine = [row for row in rows if row["attention"] == attention]
         contexts = [row["context"] for row in mine]
@@ -43,7 +44,7 @@ def _panel(axes, rows: list[dict[str, Any]], field: str, unit: float) -> None:
             xytext=(8, 0),
             textcoords="offset points",
             color=colour,
-            va="center",
+            va="bottom" if values[-1] == top else "top",  # labels keep apart where lines meet
             annotation_clip=False,
         )
     ticks = sorted({row["context"] for row in rows})

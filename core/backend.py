@@ -19,8 +19,6 @@ def prepare(simulate: int = 0) -> None:
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", simulate)
-        # Two programs in flight could wait for each other's devices: a few cores play them all.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
     elif "JAX_PLATFORMS" not in os.environ and not has_tpu() and importlib.util.find_spec("libtpu"):
         # libtpu beside a CPU or GPU (extra `aot`) would be asked for a TPU at every start.
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["PJRT_NPROC"] = "32"  # as core.backend.prepare(simulate=8): see there
 # A program that several tests (or the processes they start) run is compiled once a session.
 cache = tempfile.mkdtemp(prefix="jax-cache-")
 atexit.register(shutil.rmtree, cache, ignore_errors=True)

@@ -40,7 +40,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
         "aot": ["libtpu"],
-        "test": ["pytest>=8"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6"],
         "dev": ["ruff>=0.14"],
     },
 )

@@ -19,9 +19,9 @@ def prepare(simulate: int = 0) -> None:
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", simulate)
-        # A collective holds a thread a device until all have come; with only as many threads as
-        # devices, anything else that waits on the pool can starve the last one for ever.
-        os.environ.setdefault("PJRT_NPROC", str(4 * simulate))
+        # A program read back from JAX's compile cache has lost the order of its collectives
+        # (jaxlib 0.10.2): one device waits in an all-gather, the others in an all-reduce.
+        jax.config.update("jax_enable_compilation_cache", False)
     elif "JAX_PLATFORMS" not in os.environ and not has_tpu() and importlib.util.find_spec("libtpu"):
         # libtpu beside a CPU or GPU (extra `aot`) would be asked for a TPU at every start.
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"

@@ -1,19 +1,6 @@
 """Every test runs on 8 simulated CPU devices; shapes that broadcast by accident raise."""
 
-import atexit
 import contextlib
-import os
-import shutil
-import tempfile
-
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-os.environ["PJRT_NPROC"] = "32"  # as core.backend.prepare(simulate=8): see there
-# A program that several tests (or the processes they start) run is compiled once a session.
-cache = tempfile.mkdtemp(prefix="jax-cache-")
-atexit.register(shutil.rmtree, cache, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import numpy as np
@@ -21,12 +8,11 @@ import pytest
 import train_cases
 from absl import flags
 
-from core import sharding
+from core import backend, sharding
 from data import prepare
 from train import pretrain
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
+backend.prepare(simulate=8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # grain reads absl flags

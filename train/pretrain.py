@@ -73,8 +73,6 @@ class Loop:
             for name, convention in (("mfu", "seen"), ("mfu_dense", "dense"))
         }
         self._clock, self._clock_step = time.perf_counter(), self.first
-        # Simulated devices share a few threads: parts of two steps can wait for each other there.
-        self._in_turn = jax.default_backend() == "cpu" and jax.device_count() > 1
 
     def train(self, asked: list[int]) -> None:
         """Runs to the last step, or to the first signal in `asked`; saves at the end of either."""
@@ -83,8 +81,6 @@ class Loop:
             batch = self.feed(next(self.batches))
             data = self.batches.get_state()
             self.state, metrics = self.train_step(self.state, batch)
-            if self._in_turn:
-                jax.block_until_ready((self.state, metrics))
             if pending:  # read while this step runs
                 self.report(*pending)
             pending = step, data, metrics

@@ -11,7 +11,7 @@ import jax
 
 from core.config import UserError
 from core.sharding import Rules
-from model.attention import chunked, decode, gather, local, reference
+from model.attention import blocks, chunked, decode, gather, local, reference
 from model.attention.spec import AttentionSpec, Where
 
 log = logging.getLogger("cakrawala")
@@ -71,7 +71,7 @@ def attend_cached(
         new = block.forward(
             q_BTNH, k_BTKH, v_BTKH, at, at, spec.mask, scale=scale, softcap=spec.softcap
         )
-        return decode.merge(old, new)[0].astype(q_BTNH.dtype)
+        return blocks.merge(old, new)[0].astype(q_BTNH.dtype)
 
     q_spec = rules("batch", None, "act_heads", None)
     kv_spec = rules("batch", None, "act_kv_heads", None)

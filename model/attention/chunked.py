@@ -16,6 +16,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from model.attention import blocks
 from model.attention.spec import Mask, Where
 
 # Measured on 2 Zen 5 cores, float32, H=64. Forward, causal 4K, GFLOP/s: 512 x 512 in two lanes
@@ -26,7 +27,6 @@ MIN_BLOCK, MAX_BLOCK = 128, 512
 MIN_LANES, TILE_SCORES = 2, 2**17
 
 LOG2_E = math.log2(math.e)
-FAR = jnp.iinfo(jnp.int32).max
 
 
 def forward(
@@ -40,13 +40,13 @@ def forward(
     scale: float,
     softcap: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """(out [B, T, N, H] in q's dtype, log-sum-exp [B, T, N] float32; no key seen: 0 and -inf)."""
+    """(out [B, T, N, H], log-sum-exp [B, T, N]), both float32; no key seen: 0 and -inf."""
     tiling = _Tiling(q_BTNH.shape, k_BSKH.shape, mask)
-    fresh = functools.partial(_fresh, (q_BTNH, k_BSKH, v_BSKH, q_at, k_at))
+    fresh = functools.partial(blocks.fresh, (q_BTNH, k_BSKH, v_BSKH, q_at, k_at))
 
     def group(args):
         q_YPRH, k_ZPCH, v_ZPCH, q_at_YPR, k_at_ZPC = args
-        q_ends_Y, k_ends_Z = _ends(q_at_YPR), _ends(k_at_ZPC)
+        q_ends_Y, k_ends_Z = blocks.ends(q_at_YPR), blocks.ends(k_at_ZPC)
 
         def query_block(args):
             q_PRH, q_at_PR, q_ends = args
@@ -69,14 +69,14 @@ def forward(
 
             rows = q_PRH.shape[:2]
             start = fresh(q_PRH.shape, 0.0), fresh(rows, -jnp.inf), fresh(rows, 0.0)
-            first, last = _span(_meets(mask, q_ends, k_ends_Z))
+            first, last = _span(blocks.meets(mask, q_ends, k_ends_Z))
             out_PRH, high_PR, total_PR = jax.lax.fori_loop(first, last, key_block, start)
             seen_PR = total_PR > 0
             out_PRH /= jnp.where(seen_PR, total_PR, 1.0)[..., None]
             lse_PR = jnp.where(seen_PR, high_PR * (1.0 if softcap else scale), -jnp.inf) + jnp.log(
                 jnp.where(seen_PR, total_PR, 1.0)
             )
-            return out_PRH.astype(q_BTNH.dtype), lse_PR
+            return out_PRH, lse_PR
 
         return jax.lax.map(query_block, (q_YPRH, q_at_YPR, q_ends_Y))
 
@@ -100,23 +100,25 @@ def backward(
     q_at: Where,
     k_at: Where,
     mask: Mask,
-    out_BTNH: jax.Array,
-    lse_BTN: jax.Array,
     dout_BTNH: jax.Array,
+    lse_BTN: jax.Array,
+    delta_BTN: jax.Array,
     *,
     scale: float,
     softcap: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients (dq, dk, dv) of `forward`, in the dtypes of q, k and v, accumulated in float32."""
+    """Gradients (dq, dk, dv), float32, of these keys' part in an attention with `lse` and `delta`.
+
+    `lse` is over all keys that the queries see, here or elsewhere; `delta` is <out, dout>.
+    """
     tiling = _Tiling(q_BTNH.shape, k_BSKH.shape, mask)
-    fresh = functools.partial(_fresh, (q_BTNH, k_BSKH, v_BSKH, q_at, k_at, dout_BTNH))
-    delta_BTN = (out_BTNH.astype(jnp.float32) * dout_BTNH.astype(jnp.float32)).sum(-1)
+    fresh = functools.partial(blocks.fresh, (q_BTNH, k_BSKH, v_BSKH, q_at, k_at, dout_BTNH))
     # Rows that see nothing have lse -inf; any finite value will do, their p is masked to 0.
     lse_BTN = jnp.where(jnp.isneginf(lse_BTN), 0.0, lse_BTN)
 
     def group(args):
         queries_Y, k_ZPCH, v_ZPCH, k_at_ZPC = args
-        q_ends_Y, k_ends_Z = _ends(queries_Y[-1]), _ends(k_at_ZPC)
+        q_ends_Y, k_ends_Z = blocks.ends(queries_Y[-1]), blocks.ends(k_at_ZPC)
 
         def key_block(dq_YPHR, args):
             k_PCH, v_PCH, k_at_PC, k_ends = args
@@ -139,10 +141,10 @@ def backward(
                 dq_YPHR = jax.lax.dynamic_update_index_in_dim(dq_YPHR, dq_PHR, y, 0)
                 return dq_YPHR, dk_PCH, dv_PCH
 
-            first, last = _span(_meets(mask, q_ends_Y, k_ends))
+            first, last = _span(blocks.meets(mask, q_ends_Y, k_ends))
             start = dq_YPHR, fresh(k_PCH.shape, 0.0), fresh(v_PCH.shape, 0.0)
             dq_YPHR, dk_PCH, dv_PCH = jax.lax.fori_loop(first, last, query_block, start)
-            return dq_YPHR, ((dk_PCH * scale).astype(k_PCH.dtype), dv_PCH.astype(v_PCH.dtype))
+            return dq_YPHR, (dk_PCH * scale, dv_PCH)
 
         q_YPRH = queries_Y[0]
         dq_YPHR, (dk_ZPCH, dv_ZPCH) = jax.lax.scan(
@@ -150,7 +152,7 @@ def backward(
             fresh(q_YPRH.swapaxes(2, 3).shape, 0.0),
             (k_ZPCH, v_ZPCH, k_at_ZPC, k_ends_Z),
         )
-        return (dq_YPHR.swapaxes(2, 3) * scale).astype(q_BTNH.dtype), dk_ZPCH, dv_ZPCH
+        return dq_YPHR.swapaxes(2, 3) * scale, dk_ZPCH, dv_ZPCH
 
     queries_XY = (
         tiling.split_queries(q_BTNH),
@@ -247,45 +249,10 @@ def _pick(tree, index):
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
 
 
-def _ends(at_YPR: Where) -> tuple[Where, Where]:
-    """First and last (segment, position) of each block; those of an empty block meet none."""
-    positions, segments = at_YPR
-    axes = (1, 2)
-    first = jnp.where(segments > 0, segments, FAR).min(axes, keepdims=True)
-    last = segments.max(axes, keepdims=True)
-    first_position = jnp.where(segments == first, positions, FAR).min(axes)
-    last_position = jnp.where((segments == last) & (last > 0), positions, -1).max(axes)
-    return Where(first_position, first[:, 0, 0]), Where(last_position, last[:, 0, 0])
-
-
-def _meets(mask: Mask, q_ends: tuple[Where, Where], k_ends: tuple[Where, Where]) -> jax.Array:
-    """Whether a query of one block may see a key of the other; tight for runs of whole documents.
-
-    Blocks are ordered by (segment, position), so this holds for any order of tokens in them.
-    """
-    (q_low, q_high), (k_low, k_high) = q_ends, k_ends
-    meets = (k_low.segments_BT <= q_high.segments_BT) & (q_low.segments_BT <= k_high.segments_BT)
-    if mask.causal:
-        after = k_low.positions_BT > q_high.positions_BT
-        meets &= ~((k_low.segments_BT == q_high.segments_BT) & after)
-    if mask.window:
-        behind = q_low.positions_BT - k_high.positions_BT >= mask.window
-        meets &= ~((k_high.segments_BT == q_low.segments_BT) & behind)
-    return meets
-
-
 def _span(meets_Z: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The range [first, last) that holds every true element."""
     last = meets_Z.shape[0] - jnp.argmax(meets_Z[::-1])
     return jnp.argmax(meets_Z), jnp.where(meets_Z.any(), last, 0)
-
-
-def _fresh(like, shape: tuple[int, ...], value: float) -> jax.Array:
-    """A float32 carry that varies over the mesh axes that `like` varies over (for shard_map)."""
-    axes = frozenset().union(
-        *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(like))
-    )
-    return jax.lax.pcast(jnp.full(shape, value, jnp.float32), tuple(axes), to="varying")
 
 
 def _repeat(x_BT: jax.Array, heads: int) -> jax.Array:

@@ -83,13 +83,3 @@ def forward(
 def _layer_block(x_LBKSH: jax.Array, layer: jax.Array, start: jax.Array, block: int) -> jax.Array:
     _, B, K, _, H = x_LBKSH.shape
     return jax.lax.dynamic_slice(x_LBKSH, (layer, 0, 0, start, 0), (1, B, K, block, H))[0]
-
-
-def merge(
-    a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """(out, lse) over the keys of both parts; each is (out [..., H], lse [...]) over its own."""
-    lse = jnp.logaddexp(a[1], b[1])
-    safe = jnp.where(jnp.isneginf(lse), 0.0, lse)
-    out = sum(o.astype(jnp.float32) * jnp.exp(l - safe)[..., None] for o, l in (a, b))
-    return out, lse

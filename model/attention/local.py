@@ -6,6 +6,7 @@ from types import ModuleType
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from model.attention import blocks
 from model.attention.spec import Mask, Where
 
 SAVED = "attention"  # name of what backward needs and rematerialisation had better keep
@@ -23,25 +24,27 @@ def attention(
     q_at: Where,
     k_at: Where,
 ) -> jax.Array:
-    """out [B, T, N, H], differentiated by the kernel's own backward."""
-    return kernel.forward(q_BTNH, k_BSKH, v_BSKH, q_at, k_at, mask, scale=scale, softcap=softcap)[0]
+    """out [B, T, N, H] in q's dtype, differentiated by the kernel's own backward."""
+    return _forward(kernel, mask, scale, softcap, q_BTNH, k_BSKH, v_BSKH, q_at, k_at)[0]
 
 
 def _forward(kernel, mask, scale, softcap, q_BTNH, k_BSKH, v_BSKH, q_at, k_at):
     out_BTNH, lse_BTN = kernel.forward(
         q_BTNH, k_BSKH, v_BSKH, q_at, k_at, mask, scale=scale, softcap=softcap
     )
+    out_BTNH = out_BTNH.astype(q_BTNH.dtype)
     out_BTNH, lse_BTN = (checkpoint_name(x, SAVED) for x in (out_BTNH, lse_BTN))
     return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, q_at, k_at, out_BTNH, lse_BTN)
 
 
 def _backward(kernel, mask, scale, softcap, saved, dout_BTNH):
     q_BTNH, k_BSKH, v_BSKH, q_at, k_at, out_BTNH, lse_BTN = saved
-    dq_BTNH, dk_BSKH, dv_BSKH = kernel.backward(
-        q_BTNH, k_BSKH, v_BSKH, q_at, k_at, mask, out_BTNH, lse_BTN, dout_BTNH,
-        scale=scale, softcap=softcap,
+    gradients = kernel.backward(
+        q_BTNH, k_BSKH, v_BSKH, q_at, k_at, mask,
+        dout_BTNH, lse_BTN, blocks.delta(out_BTNH, dout_BTNH), scale=scale, softcap=softcap,
     )  # fmt: skip
-    return dq_BTNH, dk_BSKH, dv_BSKH, None, None
+    qkv = q_BTNH, k_BSKH, v_BSKH
+    return *(g.astype(x.dtype) for g, x in zip(gradients, qkv, strict=True)), None, None
 
 
 attention.defvjp(_forward, _backward)

@@ -17,26 +17,16 @@ def forward(
     scale: float,
     softcap: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """(out [B, T, N, H] in q's dtype, log-sum-exp [B, T, N] float32; no key seen: 0 and -inf)."""
+    """(out [B, T, N, H], log-sum-exp [B, T, N]), both float32; no key seen: 0 and -inf."""
     B, T, N, H = q_BTNH.shape
-    q_BTKGH = q_BTNH.reshape(B, T, k_BSKH.shape[2], -1, H).astype(jnp.float32)
-    k_BSKH, v_BSKH = k_BSKH.astype(jnp.float32), v_BSKH.astype(jnp.float32)
-    s_BTKGS = jnp.einsum("BTKGH,BSKH->BTKGS", q_BTKGH * scale, k_BSKH)
-    if softcap:
-        s_BTKGS = softcap * jnp.tanh(s_BTKGS / softcap)
-    seen_BTS = mask.allowed(
-        q_at.positions_BT[:, :, None],
-        k_at.positions_BT[:, None, :],
-        q_at.segments_BT[:, :, None],
-        k_at.segments_BT[:, None, :],
-    )
+    s_BTKGS, seen_BTS = _scores(q_BTNH, k_BSKH, q_at, k_at, mask, scale, softcap)
     s_BTKGS = jnp.where(seen_BTS[:, :, None, None, :], s_BTKGS, -jnp.inf)
     lse_BTKG = jax.nn.logsumexp(s_BTKGS, axis=-1)
-    # A row that sees nothing has lse -inf: keep exp(-inf - -inf) out of values and gradients.
+    # A row that sees nothing has lse -inf: keep -inf - -inf out.
     safe_BTKG = jnp.where(jnp.isneginf(lse_BTKG), 0.0, lse_BTKG)
     p_BTKGS = jnp.exp(s_BTKGS - safe_BTKG[..., None])
-    out_BTKGH = jnp.einsum("BTKGS,BSKH->BTKGH", p_BTKGS, v_BSKH)
-    return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype), lse_BTKG.reshape(B, T, N)
+    out_BTKGH = jnp.einsum("BTKGS,BSKH->BTKGH", p_BTKGS, v_BSKH.astype(jnp.float32))
+    return out_BTKGH.reshape(B, T, N, H), lse_BTKG.reshape(B, T, N)
 
 
 def backward(
@@ -46,17 +36,51 @@ def backward(
     q_at: Where,
     k_at: Where,
     mask: Mask,
-    out_BTNH: jax.Array,
-    lse_BTN: jax.Array,
     dout_BTNH: jax.Array,
+    lse_BTN: jax.Array,
+    delta_BTN: jax.Array,
     *,
     scale: float,
     softcap: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(dq, dk, dv) by differentiating `forward`."""
-    del out_BTNH, lse_BTN
+    """Gradients (dq, dk, dv), float32, of these keys' part in an attention with `lse` and `delta`.
 
-    def out(q_BTNH, k_BSKH, v_BSKH):
-        return forward(q_BTNH, k_BSKH, v_BSKH, q_at, k_at, mask, scale=scale, softcap=softcap)[0]
+    `lse` is over all keys that the queries see, here or elsewhere; `delta` is <out, dout>.
+    """
+    K = k_BSKH.shape[2]
+    s_BTKGS, seen_BTS = _scores(q_BTNH, k_BSKH, q_at, k_at, mask, scale, softcap)
+    seen_BTS = seen_BTS[:, :, None, None, :]
+    # Masked before exp: a score that was not in `lse` may be far above it.
+    lse_BTKG1 = _grouped(lse_BTN, K)[..., None]
+    p_BTKGS = jnp.exp(jnp.where(seen_BTS, s_BTKGS - lse_BTKG1, -jnp.inf))
+    dout_BTKGH = _grouped(dout_BTNH, K)
+    dv_BSKH = jnp.einsum("BTKGS,BTKGH->BSKH", p_BTKGS, dout_BTKGH)
+    dp_BTKGS = jnp.einsum("BTKGH,BSKH->BTKGS", dout_BTKGH, v_BSKH.astype(jnp.float32))
+    ds_BTKGS = p_BTKGS * (dp_BTKGS - _grouped(delta_BTN, K)[..., None])
+    if softcap:
+        ds_BTKGS = ds_BTKGS * (1 - (s_BTKGS / softcap) ** 2)
+    ds_BTKGS = ds_BTKGS * scale
+    dq_BTKGH = jnp.einsum("BTKGS,BSKH->BTKGH", ds_BTKGS, k_BSKH.astype(jnp.float32))
+    dk_BSKH = jnp.einsum("BTKGS,BTKGH->BSKH", ds_BTKGS, _grouped(q_BTNH, K))
+    return dq_BTKGH.reshape(q_BTNH.shape), dk_BSKH, dv_BSKH
 
-    return jax.vjp(out, q_BTNH, k_BSKH, v_BSKH)[1](dout_BTNH)
+
+def _scores(q_BTNH, k_BSKH, q_at, k_at, mask, scale, softcap):
+    """Scores [B, T, K, G, S] and which of them count, [B, T, S]."""
+    q_BTKGH = _grouped(q_BTNH, k_BSKH.shape[2])
+    s_BTKGS = jnp.einsum("BTKGH,BSKH->BTKGS", q_BTKGH * scale, k_BSKH.astype(jnp.float32))
+    if softcap:
+        s_BTKGS = softcap * jnp.tanh(s_BTKGS / softcap)
+    seen_BTS = mask.allowed(
+        q_at.positions_BT[:, :, None],
+        k_at.positions_BT[:, None, :],
+        q_at.segments_BT[:, :, None],
+        k_at.segments_BT[:, None, :],
+    )
+    return s_BTKGS, seen_BTS
+
+
+def _grouped(x_BTN: jax.Array, K: int) -> jax.Array:
+    """[B, T, N, ...] -> [B, T, K, G, ...] in float32."""
+    B, T, N, *rest = x_BTN.shape
+    return x_BTN.reshape(B, T, K, N // K, *rest).astype(jnp.float32)

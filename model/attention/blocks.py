@@ -1,0 +1,71 @@
+"""What kernels and strategies share about blocks of tokens: which may meet, and how parts add up.
+
+meets(mask, ends(q_at_YPR), ends(k_at_YPR))           may a query of block y see a key of block y?
+out, lse = merge((out_a, lse_a), (out_b, lse_b))      attention over the keys of both parts
+"""
+
+import jax
+import jax.numpy as jnp
+
+from model.attention.spec import Mask, Where
+
+FAR = jnp.iinfo(jnp.int32).max
+
+Ends = tuple[Where, Where]
+
+
+def ends(at_YPR: Where) -> Ends:
+    """First and last (segment, position) of each block, [Y]; those of an empty block meet none."""
+    positions, segments = at_YPR
+    axes = (1, 2)
+    first = jnp.where(segments > 0, segments, FAR).min(axes, keepdims=True)
+    last = segments.max(axes, keepdims=True)
+    first_position = jnp.where(segments == first, positions, FAR).min(axes)
+    last_position = jnp.where((segments == last) & (last > 0), positions, -1).max(axes)
+    return Where(first_position, first[:, 0, 0]), Where(last_position, last[:, 0, 0])
+
+
+def ends_of_rows(at_BT: Where) -> Ends:
+    """The same of each row, [B]: all its tokens are one block."""
+    return ends(jax.tree.map(lambda x_BT: x_BT[:, None], at_BT))
+
+
+def meets(mask: Mask, q_ends: Ends, k_ends: Ends) -> jax.Array:
+    """Whether a query of one block may see a key of the other; tight for runs of whole documents.
+
+    Blocks are ordered by (segment, position), so this holds for any order of tokens in them.
+    """
+    (q_low, q_high), (k_low, k_high) = q_ends, k_ends
+    meets = (k_low.segments_BT <= q_high.segments_BT) & (q_low.segments_BT <= k_high.segments_BT)
+    if mask.causal:
+        after = k_low.positions_BT > q_high.positions_BT
+        meets &= ~((k_low.segments_BT == q_high.segments_BT) & after)
+    if mask.window:
+        behind = q_low.positions_BT - k_high.positions_BT >= mask.window
+        meets &= ~((k_high.segments_BT == q_low.segments_BT) & behind)
+    return meets
+
+
+Part = tuple[jax.Array, jax.Array]
+
+
+def merge(a: Part, b: Part) -> Part:
+    """(out, lse), float32, over the keys of both parts; each is (out [..., H], lse [...])."""
+    lse = jnp.logaddexp(a[1], b[1])
+    # A query that saw no key in either part has lse -inf: keep -inf - -inf out.
+    safe = jnp.where(jnp.isneginf(lse), 0.0, lse)
+    out = sum(o.astype(jnp.float32) * jnp.exp(l - safe)[..., None] for o, l in (a, b))
+    return out, lse
+
+
+def delta(out_BTNH: jax.Array, dout_BTNH: jax.Array) -> jax.Array:
+    """<out, dout> of each query and head, float32 [B, T, N]: what the softmax takes from dp."""
+    return (out_BTNH.astype(jnp.float32) * dout_BTNH.astype(jnp.float32)).sum(-1)
+
+
+def fresh(like, shape: tuple[int, ...], value: float) -> jax.Array:
+    """A float32 carry that varies over the mesh axes that `like` varies over (for shard_map)."""
+    axes = frozenset().union(
+        *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(like))
+    )
+    return jax.lax.pcast(jnp.full(shape, value, jnp.float32), tuple(axes), to="varying")

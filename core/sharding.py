@@ -19,7 +19,8 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from core.config import Section, UserError, setting
 
 AXES = ("data", "seq", "model")
-Strategy = Literal["auto", "local", "allgather"]
+Strategy = Literal["auto", "local", "allgather", "ring", "ulysses"]
+Layout = Literal["contiguous", "zigzag", "striped", "multizigzag"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,10 @@ class MeshConfig(Section):
     seq: int = setting(1, "devices over the length (context parallel); -1 is the rest", low=-1)
     model: int = setting(1, "devices over heads, MLP and vocabulary; -1 is the rest", low=-1)
     strategy: Strategy = setting("auto", "how keys reach queries when seq > 1")
-    layout: Literal["auto", "contiguous"] = setting("auto", "order of the length over seq")
+    ulysses: int = setting(
+        1, "neighbours of seq that exchange heads, for a ring over the groups of them", low=1
+    )
+    layout: Literal["auto"] | Layout = setting("auto", "order of the length over seq")
 
     def check(self) -> None:
         sizes = self.data, self.seq, self.model
@@ -39,6 +43,11 @@ class MeshConfig(Section):
             raise UserError(f"data, seq, model = {sizes}: an axis has 1 device or more, or -1")
         if sizes.count(-1) > 1:
             raise UserError(f"data, seq, model = {sizes}: at most one axis may be -1")
+        if self.ulysses > 1 and self.strategy != "ring":
+            raise UserError(
+                f"ulysses={self.ulysses} with strategy={self.strategy!r}: groups that exchange "
+                "heads go with strategy='ring'; strategy='ulysses' exchanges over all of seq"
+            )
 
 
 def axis_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
@@ -50,7 +59,13 @@ def axis_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
             f"mesh data, seq, model = {sizes} does not divide {num_devices} devices: "
             f"set one axis to -1, or mesh.simulate={fixed} to try it on a CPU"
         )
-    return tuple(num_devices // fixed if size == -1 else size for size in sizes)
+    sizes = tuple(num_devices // fixed if size == -1 else size for size in sizes)
+    if sizes[1] % config.ulysses:
+        raise UserError(
+            f"mesh.ulysses={config.ulysses} does not divide mesh.seq={sizes[1]}: "
+            "groups are of equal size"
+        )
+    return sizes
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
@@ -69,6 +84,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 
 MeshAxes = str | tuple[str, ...] | None
+CHOICES = ("strategy", "ulysses", "layout")  # fields of Rules that name no mesh axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +112,14 @@ class Rules:
     act_mlp: MeshAxes = "model"
     act_vocab: MeshAxes = "model"
 
+    # How attention crosses `length`, and in which order its tokens stand (data/layout.py).
     strategy: Strategy = "auto"
+    ulysses: int = 1
+    layout: Layout = "contiguous"
 
     def __call__(self, *names: str | None) -> PartitionSpec:
         """The PartitionSpec of an array whose dims have these logical names (None: whole)."""
-        known = {f.name for f in dataclasses.fields(self)} - {"strategy"}
+        known = {f.name for f in dataclasses.fields(self)} - set(CHOICES)
         for name in names:
             if name is not None and name not in known:
                 raise ValueError(
@@ -125,9 +144,9 @@ class Rules:
         return math.prod(shape[axis] for axis in self.axes(name))
 
 
-def training(strategy: Strategy = "auto") -> Rules:
+def training(strategy: Strategy = "auto", ulysses: int = 1, layout: Layout = "contiguous") -> Rules:
     """FSDP over data and seq, tensor parallel over model, context over seq."""
-    return Rules(strategy=strategy)
+    return Rules(strategy=strategy, ulysses=ulysses, layout=layout)
 
 
 def decoding() -> Rules:
@@ -137,5 +156,5 @@ def decoding() -> Rules:
 
 def whole() -> Rules:
     """Everything on every device."""
-    fields = {f.name: None for f in dataclasses.fields(Rules)}
-    return Rules(**{**fields, "strategy": "local"})
+    axes = {f.name: None for f in dataclasses.fields(Rules) if f.name not in CHOICES}
+    return Rules(**axes, strategy="local")

@@ -5,14 +5,17 @@ attend(q_BTNH, k_BTKH, v_BTKH, at, full(), kernel="chunked", rules=training())
 
 import functools
 import logging
+from collections.abc import Callable
 from types import ModuleType
+from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from core.config import UserError
 from core.sharding import Rules
-from model.attention import blocks, chunked, decode, gather, local, reference
-from model.attention.spec import AttentionSpec, Where
+from model.attention import blocks, chunked, decode, gather, local, reference, ring, ulysses
+from model.attention.spec import AttentionSpec, Mask, Where
 
 log = logging.getLogger("cakrawala")
 
@@ -33,17 +36,13 @@ def attend(
 
     Arguments are sharded by `rules`; N is a multiple of K, and both divide over act_heads.
     """
-    scale = q_BTNH.shape[-1] ** -0.5
-    static = (KERNELS[_kernel(kernel)], spec.mask, scale, spec.softcap)
-    if _strategy(rules) == "local":
-        local_attention = functools.partial(local.attention, *static)
-    else:
-        local_attention = functools.partial(gather.attention, rules.axes("length"), *static)
+    call = Call(KERNELS[_kernel(kernel)], spec, rules, q_BTNH.shape, k_BTKH.shape[2])
+    attention = STRATEGIES[_strategy(rules)](call)
     q_spec = rules("batch", "length", "act_heads", None)
     kv_spec = rules("batch", "length", "act_kv_heads", None)
     at_spec = Where(rules("batch", "length"), rules("batch", "length"))
     return jax.shard_map(
-        local_attention, in_specs=(q_spec, kv_spec, kv_spec, at_spec, at_spec), out_specs=q_spec
+        attention, in_specs=(q_spec, kv_spec, kv_spec, at_spec, at_spec), out_specs=q_spec
     )(q_BTNH, k_BTKH, v_BTKH, at, at)
 
 
@@ -93,16 +92,81 @@ def _kernel(name: str) -> str:
 
 def _strategy(rules: Rules) -> str:
     shards = rules.size("length")
+    choice = "ring" if rules.strategy == "auto" else rules.strategy
+    if shards == 1:
+        return "local"  # whole rows: every strategy is this one
     if rules.strategy == "auto":
-        choice = "allgather" if shards > 1 else "local"
-        _log_once(f"mesh.strategy=auto: {choice}, the length has {shards} shard(s)")
-        return choice
-    if rules.strategy == "local" and shards > 1:
+        _log_once(f"mesh.strategy=auto: {choice}, the length has {shards} shards")
+    if choice == "local":
         raise NotImplementedError(
             f"mesh.strategy='local' needs whole rows, but the length has {shards} shards: "
-            "use 'allgather', or mesh.seq=1"
+            "use 'ring', 'allgather' or 'ulysses', or mesh.seq=1"
         )
-    return rules.strategy
+    return choice
+
+
+class Call(NamedTuple):
+    """What a strategy is made from; shapes are those of whole arrays."""
+
+    kernel: ModuleType
+    spec: AttentionSpec
+    rules: Rules
+    q_shape: tuple[int, int, int, int]
+    num_kv_heads: int
+
+    @property
+    def how(self) -> tuple[ModuleType, Mask, float, float]:
+        """The first arguments of every `attention`."""
+        return self.kernel, self.spec.mask, self.q_shape[-1] ** -0.5, self.spec.softcap
+
+
+# attention(q_BTNH, k_BTKH, v_BTKH, q_at, k_at) -> out_BTNH of the tokens of one device.
+Attention = Callable[[jax.Array, jax.Array, jax.Array, Where, Where], jax.Array]
+
+
+def _local(call: Call) -> Attention:
+    return functools.partial(local.attention, *call.how)
+
+
+def _allgather(call: Call) -> Attention:
+    return functools.partial(gather.attention, call.rules.axes("length"), *call.how)
+
+
+def _ring(call: Call) -> Attention:
+    rules = call.rules
+    size = rules.size("length") // rules.ulysses
+    contiguous = rules.layout == "contiguous"
+    hops = ring.hops(call.spec.mask, size, call.q_shape[1] // size, contiguous)
+    places = ring.Ring(rules.axes("length"), size, rules.ulysses, hops)
+    inner = functools.partial(ring.attention, places, *call.how)
+    return inner if rules.ulysses == 1 else _exchange(call, rules.ulysses, inner)
+
+
+def _ulysses(call: Call) -> Attention:
+    return _exchange(call, call.rules.size("length"), _local(call))
+
+
+def _exchange(call: Call, degree: int, inner: Attention) -> Attention:
+    rules = call.rules
+    N = call.q_shape[2] // rules.size("act_heads")
+    K = call.num_kv_heads // rules.size("act_kv_heads")
+    if N % degree or (K % degree and degree % K):
+        raise NotImplementedError(
+            f"kind={call.spec.kind!r} with mesh.strategy={rules.strategy!r} exchanges heads "
+            f"between {degree} devices, but there are {N} query heads and {K} kv heads to deal: "
+            f"{degree} must divide {N}, and divide {K} or be a multiple of it. "
+            "Use mesh.strategy='ring' with mesh.ulysses=1, or 'allgather', for any heads"
+        )
+    groups = np.arange(rules.size("length")).reshape(-1, degree).tolist()
+    return functools.partial(ulysses.attention, rules.axes("length"), groups, inner)
+
+
+STRATEGIES: dict[str, Callable[[Call], Attention]] = {
+    "local": _local,
+    "allgather": _allgather,
+    "ring": _ring,
+    "ulysses": _ulysses,
+}
 
 
 @functools.cache

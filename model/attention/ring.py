@@ -1,0 +1,155 @@
+"""WHERE: the length is sharded; keys and values go round a ring, queries stay (arXiv 2310.01889).
+
+    hop h: device i holds the keys of shard i - h, merges what its queries see in them by
+    log-sum-exp in float32, and has already sent them on to device i + 1
+
+One custom_vjp stands around the whole exchange: autodiff would keep the keys of every hop. The
+backward goes round again with the lse and delta of all hops; dK and dV travel with their keys.
+Memory is O(length / devices). Any number of shards and of heads will do.
+"""
+
+import functools
+import math
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from model.attention import blocks, local
+from model.attention.spec import Mask, Where
+
+
+class Ring(NamedTuple):
+    """`size` places on the mesh `axes`, each of `stride` neighbours with heads of their own."""
+
+    axes: tuple[str, ...]
+    size: int
+    stride: int
+    hops: int  # shards that a query may see, its own included
+
+    def send(self, tree, places: int = 1):
+        """`tree`, moved so many places on."""
+        num_devices, shift = self.size * self.stride, places * self.stride
+        if shift == 0:
+            return tree
+        pairs = [(i, (i + shift) % num_devices) for i in range(num_devices)]
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axes, pairs), tree)
+
+    def go_round(self, hop, start):
+        """hop(carry, first=..., last=...) for each shard in reach; the ends stand apart.
+
+        So the first needs nothing to add to and the last sends nothing. The kernel is compiled
+        up to three times, whatever the size.
+        """
+        if self.hops == 1:
+            return hop(start, first=True, last=True)
+
+        def between(_, carry):
+            return hop(carry, first=False, last=False)
+
+        carry = hop(start, first=True, last=False)
+        if self.hops > 2:
+            carry = jax.lax.fori_loop(1, self.hops - 1, between, carry)
+        return hop(carry, first=False, last=True)
+
+
+def hops(mask: Mask, size: int, tokens: int, contiguous: bool) -> int:
+    """Shards that a query may see: a window over shards of `tokens` in order ends the round."""
+    if contiguous and mask.causal and mask.window:
+        return min(size, 1 + math.ceil((mask.window - 1) / tokens))
+    return size
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def attention(
+    ring: Ring,
+    kernel: ModuleType,
+    mask: Mask,
+    scale: float,
+    softcap: float,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    q_at: Where,
+    k_at: Where,
+) -> jax.Array:
+    """out [B, T, N, H] in q's dtype for the T queries of this shard, over all keys of the ring."""
+    return _forward(ring, kernel, mask, scale, softcap, q_BTNH, k_BTKH, v_BTKH, q_at, k_at)[0]
+
+
+# K and V travel as one array. Where they stand travels with them, 8 bytes a token beside the 1000s
+# of K and V: gathered once instead, it would be all that grows with the whole length.
+def _pack(k_BTKH: jax.Array, v_BTKH: jax.Array, k_at: Where) -> tuple[jax.Array, jax.Array]:
+    return jnp.stack((k_BTKH, v_BTKH)), jnp.stack(k_at)
+
+
+def _forward(ring, kernel, mask, scale, softcap, q_BTNH, k_BTKH, v_BTKH, q_at, k_at):
+    q_ends = blocks.ends_of_rows(q_at)
+
+    def hop(carry, *, first, last):
+        (kv, at), part = carry
+        there = None if last else ring.send((kv, at))  # under way while the kernel runs
+
+        def see():
+            return kernel.forward(
+                q_BTNH, kv[0], kv[1], q_at, Where(*at), mask, scale=scale, softcap=softcap
+            )
+
+        if first:
+            return there, see()
+        return there, jax.lax.cond(
+            _in_reach(mask, q_ends, at), lambda p: blocks.merge(p, see()), lambda p: p, part
+        )
+
+    _, (out_BTNH, lse_BTN) = ring.go_round(hop, (_pack(k_BTKH, v_BTKH, k_at), None))
+    out_BTNH = out_BTNH.astype(q_BTNH.dtype)
+    out_BTNH, lse_BTN = (checkpoint_name(x, local.SAVED) for x in (out_BTNH, lse_BTN))
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, q_at, k_at, out_BTNH, lse_BTN)
+
+
+def _backward(ring, kernel, mask, scale, softcap, saved, dout_BTNH):
+    q_BTNH, k_BTKH, v_BTKH, q_at, k_at, out_BTNH, lse_BTN = saved
+    delta_BTN = blocks.delta(out_BTNH, dout_BTNH)
+    q_ends = blocks.ends_of_rows(q_at)
+
+    def hop(carry, *, first, last):
+        (kv, at), gradients = carry
+        there = None if last else ring.send((kv, at))
+
+        def see():
+            dq_BTNH, dk_BTKH, dv_BTKH = kernel.backward(
+                q_BTNH, kv[0], kv[1], q_at, Where(*at), mask, dout_BTNH, lse_BTN, delta_BTN,
+                scale=scale, softcap=softcap,
+            )  # fmt: skip
+            return dq_BTNH, jnp.stack((dk_BTKH, dv_BTKH))
+
+        if first:
+            return there, see()
+
+        def add(dq_BTNH):
+            more_BTNH, dkv = see()
+            return dq_BTNH + more_BTNH, dkv
+
+        def skip(dq_BTNH):
+            return dq_BTNH, blocks.fresh((dq_BTNH, kv), kv.shape, 0.0)
+
+        # dK and dV follow their keys one hop behind: they too are under way while the kernel
+        # runs, so what it finds is added outside of it.
+        dq_BTNH, dkv = gradients
+        dq_BTNH, here = jax.lax.cond(_in_reach(mask, q_ends, at), add, skip, dq_BTNH)
+        return there, (dq_BTNH, ring.send(dkv) + here)
+
+    _, (dq_BTNH, dkv) = ring.go_round(hop, (_pack(k_BTKH, v_BTKH, k_at), None))
+    # Complete: rounded to the dtype of K before the way home, from wherever the round ended.
+    dk_BTKH, dv_BTKH = ring.send(dkv.astype(k_BTKH.dtype), 1 - ring.hops)
+    return dq_BTNH.astype(q_BTNH.dtype), dk_BTKH, dv_BTKH, None, None
+
+
+attention.defvjp(_forward, _backward)
+
+
+def _in_reach(mask: Mask, q_ends: blocks.Ends, at: jax.Array) -> jax.Array:
+    """Whether a query of this device may see any key that is here now."""
+    return blocks.meets(mask, q_ends, blocks.ends_of_rows(Where(*at))).any()

@@ -1,0 +1,39 @@
+"""WHERE: neighbours exchange heads for length (DeepSpeed-Ulysses, arXiv 2309.14509).
+
+Each of `degree` devices gets the tokens of all for N / degree of the heads, sees to them with an
+inner strategy, and gives the outputs back. Over all of `seq` the inner one is local; over groups
+of neighbours it is a ring over the groups (USP, arXiv 2405.07719).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from model.attention.spec import Where
+
+Inner = Callable[[jax.Array, jax.Array, jax.Array, Where, Where], jax.Array]
+
+
+def attention(
+    axes: tuple[str, ...],
+    groups: list[list[int]],
+    inner: Inner,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    q_at: Where,
+    k_at: Where,
+) -> jax.Array:
+    """out [B, T, N, H]: `inner` over the tokens of each of the `groups` of devices of `axes`."""
+    how = dict(axis_name=axes, axis_index_groups=groups, tiled=True)
+    degree = len(groups[0])
+    # Fewer kv heads than devices: one goes to each device that has query heads of its group.
+    repeats = max(1, degree // k_BTKH.shape[2])
+    k_BTKH, v_BTKH = (jnp.repeat(x, repeats, axis=2) for x in (k_BTKH, v_BTKH))
+    q_BSNH, k_BSKH, v_BSKH = (
+        jax.lax.all_to_all(x, split_axis=2, concat_axis=1, **how) for x in (q_BTNH, k_BTKH, v_BTKH)
+    )
+    at = jax.tree.map(lambda x: jax.lax.all_gather(x, axis=1, **how), q_at)
+    out_BSNH = inner(q_BSNH, k_BSKH, v_BSKH, at, at)
+    return jax.lax.all_to_all(out_BSNH, split_axis=1, concat_axis=2, **how)

@@ -143,6 +143,10 @@ class Rules:
         shape = jax.sharding.get_abstract_mesh().shape
         return math.prod(shape[axis] for axis in self.axes(name))
 
+    def ring_size(self) -> int:
+        """Parts of the length that stay whole in attention: groups that exchange heads are one."""
+        return 1 if self.strategy == "ulysses" else self.size("length") // self.ulysses
+
 
 def training(strategy: Strategy = "auto", ulysses: int = 1, layout: Layout = "contiguous") -> Rules:
     """FSDP over data and seq, tensor parallel over model, context over seq."""

@@ -28,8 +28,11 @@ class Batch:
     segments: np.ndarray | jax.Array  # int32: 1, 2, ... for the documents of a row; 0 is padding
 
 
-def cut(store: TokenStore, row: int, length: int) -> Batch:
-    """Row `row`, five arrays [length]; past the end of the stream it is padding."""
+def cut(store: TokenStore, row: int, length: int, order: np.ndarray | None = None) -> Batch:
+    """Row `row`, five arrays [length]; past the end of the stream it is padding.
+
+    With an `order` the token of place `order[i]` stands at place i, all five arrays alike.
+    """
     start, stop = row * length, min(row * length + length, len(store))
     window = np.zeros(length + 1, np.int32)
     positions, segments = np.zeros((2, length), np.int32)
@@ -48,7 +51,8 @@ def cut(store: TokenStore, row: int, length: int) -> Batch:
         weights[inner - 1 - start] = 0  # eos: the target is the bos of the next document
         if store.starts[last] == stop:
             weights[stop - 1 - start] = 0  # eos at the end of the row, or of the stream
-    return Batch(window[:-1], window[1:], weights, positions, segments)
+    whole = Batch(window[:-1], window[1:], weights, positions, segments)
+    return whole if order is None else jax.tree.map(lambda x: x[order], whole)
 
 
 def stack(rows: list[Batch]) -> Batch:

@@ -24,8 +24,8 @@ from data.store import TokenStore
 class Windows:
     """Random access to the full rows of a store: `windows[i]` is a Batch of [length]."""
 
-    def __init__(self, store: TokenStore, length: int):
-        self.store, self.length = store, length
+    def __init__(self, store: TokenStore, length: int, order: np.ndarray | None = None):
+        self.store, self.length, self.order = store, length, order
         self._num_rows = (len(store) - 1) // length  # the last token is only ever a target
         if self._num_rows < 1:
             raise UserError(
@@ -38,7 +38,7 @@ class Windows:
         return self._num_rows
 
     def __getitem__(self, row: int) -> Batch:
-        return cut(self.store, row, self.length)
+        return cut(self.store, row, self.length, self.order)
 
 
 def train_batches(
@@ -48,12 +48,14 @@ def train_batches(
     seed: int,
     process_index: int | None = None,
     process_count: int | None = None,
+    order: np.ndarray | None = None,
 ) -> ElasticIterator:
     """Endless Batches of numpy [batch_size / process_count, length]; each epoch in a new order.
 
     `batch_size` counts the rows of all processes. Index and count are JAX's own by default.
+    `order` is that of the tokens in each row (data/layout.py).
     """
-    windows = Windows(store, length)
+    windows = Windows(store, length, order)
     index, count = _process(batch_size, process_index, process_count)
     return ElasticIterator(
         row_order(len(windows), seed).map(windows.__getitem__),
@@ -96,9 +98,17 @@ class Validation(Sequence):
     The tail is padding: segment 0, weight 0. Every process has the same number of batches.
     """
 
-    def __init__(self, store: TokenStore, batch_size: int, length: int, index: int, count: int):
+    def __init__(
+        self,
+        store: TokenStore,
+        batch_size: int,
+        length: int,
+        index: int,
+        count: int,
+        order: np.ndarray | None = None,
+    ):
         self._store, self._batch_size, self._length = store, batch_size, length
-        self._index, self._count = index, count
+        self._index, self._count, self._order = index, count, order
 
     def __len__(self) -> int:
         return -(-len(self._store) // (self._length * self._batch_size))
@@ -108,7 +118,7 @@ class Validation(Sequence):
             raise IndexError(i)
         start = i * self._batch_size
         rows = range(start + self._index, start + self._batch_size, self._count)
-        return stack([cut(self._store, row, self._length) for row in rows])
+        return stack([cut(self._store, row, self._length, self._order) for row in rows])
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[i] for i in range(len(self)))
@@ -120,10 +130,14 @@ def validation_batches(
     length: int,
     process_index: int | None = None,
     process_count: int | None = None,
+    order: np.ndarray | None = None,
 ) -> Validation:
-    """A sequence of Batches of numpy [batch_size / process_count, length], in order."""
+    """A sequence of Batches of numpy [batch_size / process_count, length], in order.
+
+    `order` is that of the tokens in each row (data/layout.py).
+    """
     return Validation(
-        store, batch_size, length, *_process(batch_size, process_index, process_count)
+        store, batch_size, length, *_process(batch_size, process_index, process_count), order
     )
 
 

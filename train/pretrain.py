@@ -21,6 +21,7 @@ from core import cli, hardware, tree
 from core.config import Experiment
 from core.metrics import MetricsWriter
 from core.sharding import MeshConfig, make_mesh
+from data import layout
 from data.config import DataConfig
 from data.loader import documents_of, rows_before, train_batches, validation_batches
 from data.store import TokenStore
@@ -58,10 +59,13 @@ class Loop:
         self.run, self.state, self.store = begun, begun.state, train
         self.feed = Feed(config, begun.rules)
         shard = (self.feed.index, self.feed.count)
-        self.batches = train_batches(train, config.batch_size, config.length, config.seed, *shard)
+        order = layout.order(begun.rules.layout, config.length, begun.rules.ring_size())
+        self.batches = train_batches(
+            train, config.batch_size, config.length, config.seed, *shard, order
+        )
         if begun.data is not None:
             self.batches.set_state(begun.data)
-        self.validation = validation_batches(val, config.batch_size, config.length, *shard)
+        self.validation = validation_batches(val, config.batch_size, config.length, *shard, order)
         self.manifest = val.manifest
         self.train_step = make_train_step(config, begun.optimizer, begun.rules)
         self.first = int(self.state.step)

@@ -16,10 +16,11 @@ from core import checkpoint, sharding, tree
 from core.checkpoint import Bundle
 from core.config import Experiment, UserError, to_dict, to_json
 from core.sharding import Rules
+from data import layout
 from data.store import TokenStore
 from data.tokenizer import Tokenizer
 from model import transformer
-from train import optimizer, state
+from train import feed, optimizer, state
 from train.config import OPERATIONAL
 from train.state import TrainState
 
@@ -44,7 +45,7 @@ def start(experiment: Experiment, store: TokenStore) -> Run:
     UserError if another run is there, or its tokenizer is not that of the data.
     """
     config, workdir = experiment.train, Path(experiment.workdir)
-    rules = sharding.training(experiment.mesh.strategy)
+    rules = choose_rules(experiment, store)
     abstract = transformer.abstract(experiment.model, rules)
     rule = optimizer.make(config, tree.named_leaves(abstract))
     if store.manifest["vocab_size"] > experiment.model.vocab_size:
@@ -76,6 +77,18 @@ def start(experiment: Experiment, store: TokenStore) -> Run:
     log.info("resuming from step %d of %s", step, workdir)
     resumed = TrainState(jnp.int32(step), items["model"], items["optimizer"])
     return Run(bundle, rule, rules, resumed, items["data"])
+
+
+def choose_rules(experiment: Experiment, store: TokenStore) -> Rules:
+    """What the mesh section asks for; UserError if rows do not divide over the mesh in use."""
+    mesh, config = experiment.mesh, experiment.train
+    rules = sharding.training(mesh.strategy, mesh.ulysses)
+    feed.check(config, rules)
+    chosen = mesh.layout
+    if chosen == "auto":
+        windows = [spec.window for spec in experiment.model.pattern]
+        chosen = layout.choose(store, config.length, rules, windows)
+    return dataclasses.replace(rules, layout=chosen)
 
 
 def has_steps(workdir: Path) -> bool:

@@ -134,7 +134,7 @@ def _allgather(call: Call) -> Attention:
 
 def _ring(call: Call) -> Attention:
     rules = call.rules
-    size = rules.size("length") // rules.ulysses
+    size = rules.ring_size()
     contiguous = rules.layout == "contiguous"
     hops = ring.hops(call.spec.mask, size, call.q_shape[1] // size, contiguous)
     places = ring.Ring(rules.axes("length"), size, rules.ulysses, hops)

@@ -1,0 +1,133 @@
+"""The order of a row's tokens over the shards of its length, so that each has as much to do.
+
+    order = layout.order("striped", length=32768, shards=8)     # tokens[order] goes to the mesh
+    balance(segments, order, shards=8)                          # 0.94: what the ring makes use of
+
+Attention is a function of positions, so any order gives the same numbers. `contiguous` leaves the
+last shards of a causal row with most of the work; `zigzag` pairs first with last, which is right
+for one document a row; the other two deal out tiles, which is right for packed documents too.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import get_args
+
+import numpy as np
+
+from core.sharding import Layout, Rules
+from data.batch import cut
+from data.store import TokenStore
+
+log = logging.getLogger("cakrawala")
+
+TILE = 128  # tokens: the smallest tile for which kernels decide whether to visit it
+SAMPLE = 16  # rows by which `auto` judges
+MARGIN = 1.05  # by which a permuted order must beat contiguous, where windows end a round early
+
+
+def order(layout: Layout, length: int, shards: int) -> np.ndarray:
+    """order[new place] = old place, int [length]; shards keep the order of their tokens.
+
+    Tiles have 128 tokens, or as many as the largest divisor of a shard below that.
+    """
+    place = np.arange(length)
+    size = length // shards
+    tile = tile_size(size)
+    if layout == "zigzag":  # 2P pieces: shard i has i and 2P - 1 - i, of an odd size the middle too
+        front = size - size // 2
+        behind = place - front * shards
+        owner = np.where(behind < 0, place // front, shards - 1 - behind // max(1, size - front))
+    elif layout == "striped":  # tile t to shard t mod P
+        owner = place // tile % shards
+    elif layout == "multizigzag":  # the same, but every other round of P tiles goes back
+        turn, owner = np.divmod(place // tile, shards)
+        owner = np.where(turn % 2, shards - 1 - owner, owner)
+    else:
+        owner = place // size
+    return np.argsort(owner, kind="stable")
+
+
+def tile_size(shard: int) -> int:
+    """The largest divisor of a shard's tokens up to TILE."""
+    return max(tile for tile in range(1, min(shard, TILE) + 1) if shard % tile == 0)
+
+
+def balance(
+    segments_BT: np.ndarray,
+    order: np.ndarray,
+    shards: int,
+    tile: int = TILE,
+    windows: Sequence[int] = (0,),
+    every_hop: bool = True,
+) -> float:
+    """Useful share of what causal attention costs on all shards: pairs seen / pairs of time.
+
+    A shard pays for the tiles x tiles that it visits. In a ring all wait for the slowest at
+    `every_hop`; else (keys gathered before) once. `segments` stand in the order of the documents;
+    one layer of each of `windows` is counted, 0 being none.
+    """
+    seen = paid = 0
+    for segments_T in segments_BT:
+        for window in windows:
+            reach_T = _reach(segments_T, window)
+            seen += (np.arange(len(reach_T)) - reach_T + 1)[segments_T > 0].sum()
+            tiles_PP = _visits(segments_T, reach_T, order.reshape(shards, -1, tile))
+            if every_hop:
+                # Row h: what each shard does at hop h, with the keys of the shard h before it.
+                shard = np.arange(shards)
+                slowest = tiles_PP[shard, shard - shard[:, None]].max(1).sum()
+            else:
+                slowest = tiles_PP.sum(1).max()
+            paid += shards * slowest * tile**2
+    return float(seen / max(paid, 1))
+
+
+def choose(store: TokenStore, length: int, rules: Rules, windows: Sequence[int]) -> Layout:
+    """What mesh.layout=auto means: the best balance on rows of `store`, logged."""
+    shards = rules.ring_size()
+    if shards == 1:
+        return "contiguous"
+    tile = tile_size(length // shards)
+    rows = np.linspace(0, max(0, len(store) // length - 1), SAMPLE).astype(int)
+    segments_BT = np.stack([cut(store, row, length).segments for row in np.unique(rows)])
+    every_hop = rules.strategy != "allgather"
+    found = {
+        name: balance(segments_BT, order(name, length, shards), shards, tile, windows, every_hop)
+        for name in get_args(Layout)
+    }
+    best = max(found, key=found.get)
+    if found[best] < MARGIN * found["contiguous"]:
+        best = "contiguous"
+    figures = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+    log.info(
+        "mesh.layout=auto: %s; balance over %d shards, in tiles of %d tokens: %s",
+        best, shards, tile, figures,
+    )  # fmt: skip
+    return best
+
+
+def _reach(segments_T: np.ndarray, window: int) -> np.ndarray:
+    """The first place that each place sees: where its document or its window begins."""
+    place = np.arange(len(segments_T))
+    begins = np.maximum.accumulate(place * (np.diff(segments_T, prepend=-1) != 0))
+    return np.maximum(begins, place - window + 1) if window else begins
+
+
+def _visits(segments_T: np.ndarray, reach_T: np.ndarray, places_PnC: np.ndarray) -> np.ndarray:
+    """Pairs of tiles that [query shard, key shard] visit, int [P, P]; n tiles of C in a shard.
+
+    A tile of queries meets a tile of keys unless all of that is after it, or before its reach.
+    """
+    never = len(segments_T)
+    real_PnC = segments_T[places_PnC] > 0
+    low_Pn = np.where(real_PnC, places_PnC, never).min(-1)
+    high_Pn = np.where(real_PnC, places_PnC, -1).max(-1)
+    reach_Pn = np.append(reach_T, 0)[low_Pn]
+    # Tiles of padding alone are after every query, and not before any.
+    k_high_Pn = np.where(high_Pn < 0, never, high_Pn)
+    visits = [
+        np.searchsorted(np.sort(low_n), high_Pn, "right")
+        - np.searchsorted(np.sort(k_high_n), reach_Pn, "left")
+        for low_n, k_high_n in zip(low_Pn, k_high_Pn, strict=True)
+    ]
+    return np.stack([v.sum(1) for v in visits], axis=1)

@@ -1,15 +1,15 @@
-"""Worker of bench.train: one float32 matrix product of 2048 a line, for the machine's peak."""
+"""Worker of the benchmarks: one float32 matrix product of 2048 a line, for the machine's peak."""
 
 import jax
 import jax.numpy as jnp
 
-from bench import train as bench
+from bench import turns
 
 
 def main() -> None:
     x = jax.random.normal(jax.random.key(0), (2048, 2048))
     product = jax.jit(jnp.dot)
-    bench.serve(lambda: product(x, x).block_until_ready())
+    turns.serve(lambda _: product(x, x).block_until_ready())
 
 
 if __name__ == "__main__":

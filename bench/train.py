@@ -8,11 +8,10 @@ step of ours, then one of theirs; medians count. Float32, 512 wide, 8 layers, ba
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
-import time
+
+from bench.turns import Worker
 
 WIDTH, LAYERS, HEADS, MLP, VOCAB, ROWS, LENGTH = 512, 8, 8, 1408, 8192, 8, 512
 
@@ -30,41 +29,10 @@ def main() -> None:
     seconds = {name: [] for name in workers}
     for turn in range(args.rounds + 1):
         for name, worker in workers.items():
-            elapsed = worker.step()["seconds"]
+            elapsed = worker.run()["seconds"]
             if turn:  # the first compiles, or warms caches up
                 seconds[name].append(elapsed)
     show({name: statistics.median(s) for name, s in seconds.items()}, seconds, workers)
-
-
-class Worker:
-    """A process that runs one step a line of input and answers with JSON."""
-
-    def __init__(self, python: str, module: str):
-        command = [python, "-m", module]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def step(self) -> dict[str, float]:
-        """{"seconds", "peak_bytes"} of one step; the other workers only wait meanwhile."""
-        self._process.stdin.write("step\n")
-        self._process.stdin.flush()
-        self.last = json.loads(self._process.stdout.readline() or "{}")
-        if not self.last:
-            sys.exit(f"{' '.join(self._process.args)} ended; its message is above")
-        return self.last
-
-
-def serve(step) -> None:
-    """The worker's side: calls `step()` for each line of input."""
-    import resource
-
-    for _ in sys.stdin:
-        began = time.perf_counter()
-        step()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        answer = {"seconds": time.perf_counter() - began, "peak_bytes": peak}
-        print(json.dumps(answer), flush=True)
 
 
 def flops_per_token() -> float:

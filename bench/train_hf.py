@@ -4,6 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench import train as bench
+from bench import turns
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     model = LlamaForCausalLM(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4, (0.9, 0.95), weight_decay=0.1)
 
-    def step():
+    def step(_):
         tokens = torch.randint(0, bench.VOCAB, (bench.ROWS, bench.LENGTH))
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -32,7 +33,7 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         loss.item()
 
-    bench.serve(step)
+    turns.serve(step)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from bench import train as bench
+from bench import turns
 from core import backend, sharding, tree
 from core.sharding import MeshConfig, make_mesh
 from data.batch import Batch
@@ -36,7 +37,7 @@ def main() -> None:
     current = state.create(MODEL, rules, rule, TRAIN.seed)
     random = np.random.default_rng(0)
 
-    def step():
+    def step(_):
         nonlocal current
         shape = (bench.ROWS, bench.LENGTH)
         tokens = random.integers(0, bench.VOCAB, (shape[0], shape[1] + 1), np.int32)
@@ -47,7 +48,7 @@ def main() -> None:
         current, metrics = train_step(current, feed(batch))
         float(metrics["loss"])
 
-    bench.serve(step)
+    turns.serve(step)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from pathlib import Path
 
 import jax
 import pytest
@@ -155,6 +156,14 @@ def test_workdir_that_cannot_be_written(tmp_path, monkeypatch, capsys, prepared,
     assert f"workdir={workdir} cannot be written: Permission denied" in err
 
 
+def test_workdir_that_became_read_only(tmp_path, monkeypatch, capsys, finished):
+    workdir = copy(finished, tmp_path / "run")
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != workdir)
+    status, err = command(capsys, monkeypatch, experiment(workdir, steps=14))
+    assert status == 2 and "Traceback" not in err
+    assert f"workdir={workdir} cannot be written" in err
+
+
 def test_disk_that_fills_up(tmp_path, prepared):
     """A real process may write no file beyond 16 KB after its first save, checkpoints need more."""
     workdir = copy(prepared, tmp_path / "run")
@@ -162,7 +171,7 @@ def test_disk_that_fills_up(tmp_path, prepared):
     full = "step == 7 and (loop.run.bundle.wait(), "
     full += "resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384)))"
     status, err = finish(process(config, full))
-    assert status == 1
+    assert status == 1, err
     (message,) = (line for line in err.splitlines() if line.startswith("error:"))
     assert "saving near step" in message and f"step 4 is complete in {workdir}" in message
     good = Bundle(workdir)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def start(experiment: Experiment, store: TokenStore) -> Run:
     UserError if another run is there, or its tokenizer is not that of the data.
     """
     config, workdir = experiment.train, Path(experiment.workdir)
+    if not os.access(workdir, os.W_OK):  # the data is there, so the workdir is
+        raise UserError(f"workdir={workdir} cannot be written: name another, or make it writable")
     rules = choose_rules(experiment, store)
     abstract = transformer.abstract(experiment.model, rules)
     rule = optimizer.make(config, tree.named_leaves(abstract))

@@ -1,0 +1,98 @@
+"""Attention beside the best of PyTorch and JAX: one row, 8 heads of 64, float32, causal, on a CPU.
+
+    python -m bench.attention [--torch_python=PATH] [--rounds=5] [--lengths=2048,8192,32768]
+
+Ours are `chunked` and, over 4 simulated devices, `ring`. The peers are PyTorch's
+scaled_dot_product_attention and compiled flex_attention (`pip install torch`, here or in the
+environment of --torch_python) and jax.nn.dot_product_attention, whose scores fill memory beyond
+8K. All work in turns, each in a process of its own; medians count. GFLOP/s are of useful work:
+pairs that the mask allows, 2 products forward and 5 backward.
+"""
+
+import argparse
+import statistics
+import sys
+
+from bench.turns import Worker
+
+HEADS, WIDTH, WINDOW = 8, 64, 1024
+DENSE_LIMIT = 8192  # the scores of 32K would be 34 GB
+
+# (row of the table, module of the worker, which of its implementations)
+IMPLEMENTATIONS = (
+    ("chunked", "bench.attention_ours", "chunked"),
+    ("ring x4", "bench.attention_ring", "ring"),
+    ("jax.nn", "bench.attention_ours", "jax"),
+    ("torch sdpa", "bench.attention_torch", "sdpa"),
+    ("torch flex", "bench.attention_torch", "flex"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--torch_python", default=sys.executable, help="a Python that has torch")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each, after the first")
+    parser.add_argument("--lengths", default="2048,8192,32768", help="tokens, with commas")
+    args = parser.parse_args()
+    pythons = {"bench.attention_torch": args.torch_python}
+    for length in map(int, args.lengths.split(",")):
+        for window in (0, WINDOW):
+            for backward in (False, True):
+                task = dict(length=length, window=window, backward=backward)
+                # Fresh processes for each task: peak memory is then of this task alone.
+                workers = {
+                    name: (Worker(pythons.get(module, sys.executable), module), implementation)
+                    for name, module, implementation in IMPLEMENTATIONS
+                    if can(implementation, **task)
+                }
+                show(task, measure(workers, task, args.rounds), workers)
+                for worker, _ in workers.values():
+                    worker.close()
+
+
+def can(implementation: str, length: int, window: int, backward: bool) -> bool:
+    """Whether a peer has this case, and whether it fits."""
+    if implementation == "jax":
+        return length <= DENSE_LIMIT and not window
+    if implementation == "flex":
+        return bool(window) and not backward  # its CPU backward raises NotImplementedError
+    if implementation == "sdpa":
+        return not window  # only a dense mask would do
+    return True
+
+
+def measure(workers: dict, task: dict, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each implementation, in turns; the first run compiles and does not count."""
+    seconds = {name: [] for name in workers}
+    for turn in range(rounds + 1):
+        for name, (worker, implementation) in workers.items():
+            elapsed = worker.run({**task, "implementation": implementation})["seconds"]
+            if turn:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def useful_flops(length: int, window: int, backward: bool) -> float:
+    """4 H a pair and head forward, 10 H more backward (Dao et al., 2022)."""
+    reach = min(window or length, length)
+    pairs = reach * (reach + 1) / 2 + (length - reach) * reach
+    return HEADS * WIDTH * pairs * (14 if backward else 4)
+
+
+def show(task: dict, seconds: dict[str, list[float]], workers: dict) -> None:
+    """One line an implementation, on stdout; ratios are of speed, to `chunked`."""
+    what = f"window {task['window']}" if task["window"] else "causal"
+    print(f"{task['length']} tokens, {what}, forward{' + backward' * task['backward']}")
+    ours = statistics.median(seconds["chunked"])
+    for name, s in seconds.items():
+        median, peak = statistics.median(s), workers[name][0].last["peak_bytes"]
+        print(
+            f"  {name:>10}: {median * 1e3:8.1f} ms ({min(s) * 1e3:.1f} to {max(s) * 1e3:.1f})  "
+            f"{useful_flops(**task) / median / 1e9:6.1f} GFLOP/s  {peak / 2**20:6.0f} MiB  "
+            f"chunked is {median / ours:.2f}x",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

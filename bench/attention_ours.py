@@ -1,0 +1,58 @@
+"""Worker of bench.attention: `chunked`, and jax.nn.dot_product_attention."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bench import attention as bench
+from bench import turns
+from core import backend
+from core.sharding import MeshConfig, make_mesh, training
+from model.attention.attend import attend
+from model.attention.spec import Where, full, sliding
+
+
+def ours(window: int, at: Where, strategy: str, *qkv: jax.Array) -> jax.Array:
+    """`attend`, as a layer calls it."""
+    spec = sliding(window) if window else full()
+    return attend(*qkv, at, spec, kernel="chunked", rules=training(strategy))
+
+
+def theirs(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, is_causal=True)
+
+
+@functools.cache
+def program(implementation: str, length: int, window: int, backward: bool) -> Callable[[], Any]:
+    """A call that runs one case on arrays that are there already, to its end."""
+    place = training()("batch", "length", "act_heads", None)
+    shape = (1, length, bench.HEADS, bench.WIDTH)
+    q, k, v, dout = (
+        jax.device_put(jax.random.normal(jax.random.key(i), shape), place) for i in range(4)
+    )
+    at = Where(jnp.arange(length, dtype=jnp.int32)[None], jnp.ones((1, length), jnp.int32))
+    at = jax.device_put(at, training()("batch", "length"))
+    strategy = "ring" if implementation == "ring" else "local"
+    attention = theirs if implementation == "jax" else functools.partial(ours, window, at, strategy)
+
+    def run(q, k, v, dout):
+        if not backward:
+            return attention(q, k, v)
+        out, pull = jax.vjp(attention, q, k, v)
+        return out, pull(dout)
+
+    run = jax.jit(run)
+    return lambda: jax.block_until_ready(run(q, k, v, dout))
+
+
+def main(simulate: int = 0, seq: int = 1) -> None:
+    backend.prepare(simulate)
+    with jax.set_mesh(make_mesh(MeshConfig(simulate=simulate, seq=seq))):
+        turns.serve(lambda task: program(**task)())
+
+
+if __name__ == "__main__":
+    main()

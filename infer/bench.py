@@ -104,12 +104,13 @@ def open_model(experiment: Experiment) -> tuple[Transformer, str]:
 def variants(model: Transformer) -> dict[str, Transformer]:
     """The model as it is, and with the same weights but full attention in every layer."""
     config = model.config
-    if not any(spec.window for spec in config.pattern):
+    kinds = [spec.kind for spec in config.pattern if spec.kind != "full"]
+    if not kinds:
         return {"full": model}
-    pattern = tuple(dataclasses.replace(s, kind="full", window=0) for s in config.pattern)
+    pattern = tuple(spec.everywhere() for spec in config.pattern)
     full_config = dataclasses.replace(config, pattern=pattern)
     everywhere = transformer.abstract(full_config, model.rules)
-    return {"sliding": model, "full": tree.with_leaves(everywhere, tree.named_leaves(model))}
+    return {kinds[0]: model, "full": tree.with_leaves(everywhere, tree.named_leaves(model))}
 
 
 def sweep(model: Transformer, attention: str, config: BenchConfig) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 # Blue and vermilion of Okabe and Ito's palette: told apart by every eye, and in print by marker.
-STYLES = {"sliding": ("#0072B2", "o"), "full": ("#D55E00", "s")}
+FULL, OTHER = ("#D55E00", "s"), ("#0072B2", "o")
 PANELS = (
     ("prefill_seconds", 1.0, "Time to read the context", "seconds"),
     ("decode_ms_per_token", 1.0, "Time for each new token", "milliseconds"),
@@ -36,7 +36,7 @@ def _panel(axes, rows: list[dict[str, Any]], field: str, unit: float) -> None:
         mine = [row for row in rows if row["attention"] == attention]
         contexts = [row["context"] for row in mine]
         values = [row[field] / unit for row in mine]
-        colour, marker = STYLES[attention]
+        colour, marker = FULL if attention == "full" else OTHER
         axes.loglog(contexts, values, color=colour, marker=marker, markersize=5, linewidth=2)
         axes.annotate(
             f"{attention}\n{values[-1]:.3g}",

@@ -4,6 +4,8 @@ A block holds the weights of all layers of its pattern slot, stacked on a first 
 transformer scans over that dim, so that inside `__call__` a block is one layer.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,7 +13,7 @@ from flax import nnx
 from model import rope
 from model.attention.attend import attend, attend_cached
 from model.attention.decode import Stored
-from model.attention.spec import AttentionSpec, Where
+from model.attention.spec import AttentionSpec, Heads, Where
 from model.linear import project
 from model.parameters import Maker
 
@@ -58,17 +60,25 @@ class Attention(nnx.Module):
         self.o_NHD = make.normal(3, (N, H, D), ("heads", "head_dim", "embed"), depth)
         self.q_norm = Norm(make, H, "rms") if config.qk_norm else None
         self.k_norm = Norm(make, H, "rms") if config.qk_norm else None
+        self.sink_N = make.constant(0.0, N, "heads") if spec.sink_logit else None
 
     @property
     def kv_repeats(self) -> int:
         """Copies of each K/V head, so that every shard of the heads has one of its own."""
         return max(1, self.rules.size("act_heads") // self.config.num_kv_heads)
 
+    def _heads(self) -> Heads:
+        sink_N = None if self.sink_N is None else self.sink_N[...].astype(jnp.float32)
+        slope_N = alibi_slopes(self.config.num_heads) if self.spec.alibi else None
+        if slope_N is not None:
+            slope_N = jax.sharding.reshard(slope_N, self.rules("act_heads"))
+        return Heads(sink_N, slope_N)
+
     def __call__(
         self,
         x_BTD: jax.Array,
         at: Where,
-        cos_sin: tuple[jax.Array, jax.Array],
+        cos_sin: tuple[jax.Array, jax.Array] | None,
         cache: Stored | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         rules = self.rules
@@ -77,14 +87,15 @@ class Attention(nnx.Module):
         v_BTKH = project("BTD,DKH->BTKH", x_BTD, self.v_DKH[...])
         if self.q_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        q_BTNH, k_BTKH = rope.rotate(q_BTNH, cos_sin), rope.rotate(k_BTKH, cos_sin)
+        if cos_sin is not None:
+            q_BTNH, k_BTKH = rope.rotate(q_BTNH, cos_sin), rope.rotate(k_BTKH, cos_sin)
         if self.kv_repeats > 1:
             sharding = rules("batch", "length", "act_kv_heads", None)
             k_BTKH, v_BTKH = (
                 jax.sharding.reshard(jnp.repeat(x, self.kv_repeats, axis=2), sharding)
                 for x in (k_BTKH, v_BTKH)
             )
-        how = dict(kernel=self.config.attention_kernel, rules=rules)
+        how = dict(kernel=self.config.attention_kernel, rules=rules, heads=self._heads())
         if cache is None:
             out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, at, self.spec, **how)
         else:
@@ -92,6 +103,14 @@ class Attention(nnx.Module):
         residual = rules("batch", "length", "act_embed")
         out_BTD = project("BTNH,NHD->BTD", out_BTNH, self.o_NHD[...], residual)
         return out_BTD, (k_BTKH, v_BTKH)
+
+
+def alibi_slopes(num_heads: int) -> jax.Array:
+    """Slopes [N] of ALiBi (arXiv 2108.12409): 2^(-8 i / N); between powers of 2 as in its code."""
+    floor = 2 ** int(math.log2(num_heads))
+    slopes = [2 ** (-8 * i / floor) for i in range(1, floor + 1)]
+    slopes += [2 ** (-4 * i / floor) for i in range(1, 2 * (num_heads - floor) + 1, 2)]
+    return jnp.array(slopes, jnp.float32)
 
 
 class MLP(nnx.Module):
@@ -132,7 +151,7 @@ class Block(nnx.Module):
         self,
         x_BTD: jax.Array,
         at: Where,
-        cos_sin: tuple[jax.Array, jax.Array],
+        cos_sin: tuple[jax.Array, jax.Array] | None,
         cache: Stored | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """(x [B, T, D], the (k, v) [B, T, K, H] of these tokens)."""

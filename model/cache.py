@@ -1,7 +1,7 @@
 """The key/value cache: per slot of the pattern, stacked over its layers, with positions.
 
-A full slot holds `length` tokens; a sliding one is a ring buffer of its window. Token p lives
-at p modulo the slot's size, and positions are stored beside keys, so that masks need no order.
+A full slot holds `length` tokens; one of short reach is a ring buffer behind the first `sinks`
+tokens, which stay. Positions are stored beside keys, so that masks need no order.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from core.sharding import Rules
 from model.attention.decode import Stored
-from model.attention.spec import Where
+from model.attention.spec import AttentionSpec, Where
 from model.config import ModelConfig
 
 
@@ -23,12 +23,16 @@ class Slot:
     k_LBKSH: jax.Array
     v_LBKSH: jax.Array
     positions_BS: jax.Array  # int32, -1 where nothing is stored
+    sinks: int = dataclasses.field(default=0, metadata=dict(static=True))
 
     def write(self, k_LBTKH: jax.Array, v_LBTKH: jax.Array, at: Where, seen_B: jax.Array) -> "Slot":
         """Stores the new tokens that are still within reach after `seen_B` tokens a row."""
         B, S = self.positions_BS.shape
-        stays_BT = (at.segments_BT > 0) & (at.positions_BT >= seen_B[:, None] - S)
-        index_BT = jnp.where(stays_BT, at.positions_BT % S, S)  # S is out of bounds: dropped
+        first, ring = self.sinks, S - self.sinks
+        new_BT = at.positions_BT
+        stays_BT = (at.segments_BT > 0) & ((new_BT < first) | (new_BT >= seen_B[:, None] - ring))
+        index_BT = jnp.where(new_BT < first, new_BT, first + (new_BT - first) % ring)
+        index_BT = jnp.where(stays_BT, index_BT, S)  # S is out of bounds: dropped
         row_B1 = jnp.arange(B)[:, None]
 
         def put(x_LBKSH, new_LBTKH):
@@ -36,7 +40,8 @@ class Slot:
             return x_LBKSH.at[:, row_B1, :, index_BT].set(new_BTLKH, mode="drop")
 
         positions_BS = self.positions_BS.at[row_B1, index_BT].set(at.positions_BT, mode="drop")
-        return Slot(put(self.k_LBKSH, k_LBTKH), put(self.v_LBKSH, v_LBTKH), positions_BS)
+        k_LBKSH, v_LBKSH = put(self.k_LBKSH, k_LBTKH), put(self.v_LBKSH, v_LBTKH)
+        return Slot(k_LBKSH, v_LBKSH, positions_BS, self.sinks)
 
 
 @jax.tree_util.register_dataclass
@@ -57,8 +62,8 @@ class KVCache:
         kv = rules(None, "batch", "act_kv_heads", "kv_length", None)
         new_kv = rules(None, "batch", None, "act_kv_heads", None)
         row, rows = rules("batch"), rules("batch", None)
-        slot_spec, cache_spec = Slot(kv, kv, rules("batch", "kv_length")), None
-        cache_spec = KVCache((slot_spec,) * len(self.slots), row)
+        places = rules("batch", "kv_length")
+        cache_spec = KVCache(tuple(Slot(kv, kv, places, s.sinks) for s in self.slots), row)
 
         def write(cache, new, at):
             end_BT = jnp.where(at.segments_BT > 0, at.positions_BT + 1, 0)
@@ -76,7 +81,7 @@ class KVCache:
 def slot_sizes(config: ModelConfig, length: int) -> list[tuple[int, int]]:
     """(layers, tokens kept) of each slot for texts of up to `length` tokens."""
     return [
-        (layers, min(length, spec.window or length))
+        (layers, min(length, spec.mask.kept or length))
         for slots, layers in config.stages
         for spec in slots
     ]
@@ -93,11 +98,15 @@ def create(config: ModelConfig, batch: int, length: int, rules: Rules) -> KVCach
     heads = max(config.num_kv_heads, rules.size("act_kv_heads"))
     kv = rules(None, "batch", "act_kv_heads", "kv_length", None)
 
-    def slot(layers: int, size: int) -> Slot:
+    def slot(layers: int, size: int, spec: AttentionSpec) -> Slot:
+        sinks = spec.sinks if size < length else 0
         shape = (layers, batch, heads, size, config.head_dim)
         k, v = (jnp.zeros(shape, config.compute_dtype, out_sharding=kv) for _ in "kv")
         sharding = rules("batch", "kv_length")
-        return Slot(k, v, jnp.full((batch, size), -1, jnp.int32, out_sharding=sharding))
+        at = jnp.full((batch, size), -1, jnp.int32, out_sharding=sharding)
+        return Slot(k, v, at, sinks)
 
-    slots = tuple(slot(*sizes) for sizes in slot_sizes(config, length))
+    specs = [spec for slots, _ in config.stages for spec in slots]
+    sizes = slot_sizes(config, length)
+    slots = tuple(slot(*size, spec) for size, spec in zip(sizes, specs, strict=True))
     return KVCache(slots, jnp.zeros((batch,), jnp.int32, out_sharding=rules("batch")))

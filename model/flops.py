@@ -11,6 +11,9 @@ A multiply-add is 2 FLOPs; a training step is 3 forward passes (backward counts 
 
 from typing import Literal
 
+import numpy as np
+
+from model.attention.spec import Mask
 from model.config import ModelConfig
 
 Convention = Literal["seen", "dense"]
@@ -24,16 +27,33 @@ def matrix_parameters(config: ModelConfig) -> int:
     return config.num_layers * (attention + mlp) + config.vocab_size * D
 
 
-def mean_keys(window: int, length: int) -> float:
-    """Keys that a token of a whole row of `length` sees on average; window 0 is no limit."""
-    reach = min(window or length, length)
-    return (reach * (reach + 1) / 2 + (length - reach) * reach) / length
+def mean_keys(mask: Mask, length: int) -> float:
+    """Keys that a token of a document of `length` sees on average."""
+    if not mask.causal:
+        return float(length)
+    q = np.arange(length)
+    near = q + 1
+    if mask.window:
+        near = np.minimum(near, mask.window)
+    elif mask.chunk:
+        near = q % mask.chunk + 1
+    elif mask.block:
+        near = np.minimum(near, q % mask.block + 1 + (mask.local - 1) * mask.block)
+    far = np.minimum(mask.sinks, q + 1 - near)
+    if mask.stride:
+        block = q // mask.block
+        far += (block // mask.stride - (mask.local - 1) // mask.stride).clip(0) * mask.block
+        for first in range(0, mask.sinks, mask.block):  # both a sink and on the stride
+            back = block - first // mask.block
+            both = (back >= mask.local) & (back % mask.stride == 0)
+            far -= both * min(mask.block, mask.sinks - first)
+    return float(np.maximum(near + far, min(mask.prefix, length)).mean())
 
 
 def training_flops_per_token(config: ModelConfig, length: int, convention: Convention) -> float:
     """FLOPs of forward and backward for one token of rows of `length`, rematerialising nothing."""
     keys = sum(
-        layers * (length if convention == "dense" else mean_keys(spec.window, length))
+        layers * (length if convention == "dense" else mean_keys(spec.mask, length))
         for slots, layers in config.stages
         for spec in slots
     )

@@ -36,9 +36,9 @@ class Maker:
         value = _normal(self.key, index, spread, shape, self.config.param_dtype, self.rules(*axes))
         return nnx.Param(value)
 
-    def constant(self, value: float, size: int) -> nnx.Param:
-        """A vector on every device, as norms use."""
-        shape, axes = self._stacked((size,), (None,))
+    def constant(self, value: float, size: int, axis: str | None = None) -> nnx.Param:
+        """A vector, on every device as norms use it, or sharded over `axis`."""
+        shape, axes = self._stacked((size,), (axis,))
         full = jnp.full(shape, value, self.config.param_dtype, out_sharding=self.rules(*axes))
         return nnx.Param(full)
 

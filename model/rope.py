@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 
 
-def table(positions_BT: jax.Array, base: float, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin), each [B, T, 1, H / 2] float32: angles position * base^(-2i / H)."""
+def table(
+    positions_BT: jax.Array, base: float, scale: float, head_dim: int
+) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin), each [B, T, 1, H / 2] float32: angles position / scale * base^(-2i / H)."""
     half = head_dim // 2
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles_BTh = positions_BT[..., None].astype(jnp.float32) * frequencies[None, None]
+    angles_BTh = positions_BT[..., None].astype(jnp.float32) / scale * frequencies[None, None]
     return jnp.cos(angles_BTh)[:, :, None, :], jnp.sin(angles_BTh)[:, :, None, :]
 
 

@@ -70,8 +70,11 @@ class Transformer(nnx.Module):
         table_VD = jax.sharding.reshard(self.embedding_VD[...], rules("vocab", None))
         x_BTD = table_VD.at[tokens_BT].get(out_sharding=rules("batch", "length", "act_embed"))
         x_BTD = x_BTD.astype(config.compute_dtype)
-        bases = {spec.rope_base for spec in config.pattern}
-        tables = {base: rope.table(positions_BT, base, config.head_dim) for base in bases}
+        tables = {
+            spec.rope: rope.table(positions_BT, *spec.rope, config.head_dim)
+            for spec in config.pattern
+            if spec.rope
+        }
         new, slot = [], 0
         for blocks, (_, layers) in zip(self.stages, config.stages, strict=True):
 
@@ -80,7 +83,7 @@ class Transformer(nnx.Module):
                 kvs = []
                 for i, block in enumerate(blocks):
                     stored = cache.stored(first_slot + i, layer) if cache is not None else None
-                    cos_sin = tables[block.attention.spec.rope_base]
+                    cos_sin = tables.get(block.attention.spec.rope)
                     x_BTD, kv = block(x_BTD, at, cos_sin, stored)
                     kvs.append(kv)
                 return x_BTD, (kvs if cache is not None else None)

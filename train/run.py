@@ -89,7 +89,7 @@ def choose_rules(experiment: Experiment, store: TokenStore) -> Rules:
     feed.check(config, rules)
     chosen = mesh.layout
     if chosen == "auto":
-        windows = [spec.window for spec in experiment.model.pattern]
+        windows = [spec.mask.reach for spec in experiment.model.pattern]
         chosen = layout.choose(store, config.length, rules, windows)
     return dataclasses.replace(rules, layout=chosen)
 

@@ -15,7 +15,7 @@ import numpy as np
 from core.config import UserError
 from core.sharding import Rules
 from model.attention import blocks, chunked, decode, gather, local, reference, ring, ulysses
-from model.attention.spec import AttentionSpec, Mask, Where
+from model.attention.spec import AttentionSpec, Heads, Mask, Where
 
 log = logging.getLogger("cakrawala")
 
@@ -31,6 +31,7 @@ def attend(
     *,
     kernel: str,
     rules: Rules,
+    heads: Heads = Heads(),  # noqa: B008 (immutable)
 ) -> jax.Array:
     """out [B, T, N, H]: the tokens of each row attend to each other as `spec` says.
 
@@ -41,9 +42,16 @@ def attend(
     q_spec = rules("batch", "length", "act_heads", None)
     kv_spec = rules("batch", "length", "act_kv_heads", None)
     at_spec = Where(rules("batch", "length"), rules("batch", "length"))
+    heads_spec = jax.tree.map(lambda _: rules("act_heads"), heads)
+
+    def of_device(q_BTNH, k_BTKH, v_BTKH, heads, at):
+        # The gradient of what all shards share is summed where it is made to vary.
+        heads = jax.tree.map(lambda x_N: blocks.vary(x_N, q_BTNH), heads)
+        return attention(q_BTNH, k_BTKH, v_BTKH, heads, at, at)
+
     return jax.shard_map(
-        attention, in_specs=(q_spec, kv_spec, kv_spec, at_spec, at_spec), out_specs=q_spec
-    )(q_BTNH, k_BTKH, v_BTKH, at, at)
+        of_device, in_specs=(q_spec, kv_spec, kv_spec, heads_spec, at_spec), out_specs=q_spec
+    )(q_BTNH, k_BTKH, v_BTKH, heads, at)
 
 
 def attend_cached(
@@ -56,29 +64,46 @@ def attend_cached(
     *,
     kernel: str,
     rules: Rules,
+    heads: Heads = Heads(),  # noqa: B008 (immutable)
 ) -> jax.Array:
     """out [B, T, N, H]: new tokens attend to what `cache` holds and to each other.
 
     The cache is only read: the caller writes the new keys and values after the last layer, so
     that a ring buffer never loses a key that a token of the same chunk still sees.
     """
-    scale = q_BTNH.shape[-1] ** -0.5
+    _check_cached(spec, q_BTNH.shape[1])
     block = KERNELS[_kernel(kernel)]
+    how = dict(scale=q_BTNH.shape[-1] ** -0.5, softcap=spec.softcap)
 
-    def merged(q_BTNH, k_BTKH, v_BTKH, at, cache):
-        old = decode.forward(q_BTNH, cache, at, spec.mask, scale=scale, softcap=spec.softcap)
-        new = block.forward(
-            q_BTNH, k_BTKH, v_BTKH, at, at, spec.mask, scale=scale, softcap=spec.softcap
-        )
-        return blocks.merge(old, new)[0].astype(q_BTNH.dtype)
+    def merged(q_BTNH, k_BTKH, v_BTKH, heads, at, cache):
+        slope = dict(slope_N=heads.slope_N)
+        old = decode.forward(q_BTNH, cache, at, spec.mask, **how, **slope)
+        new = block.forward(q_BTNH, k_BTKH, v_BTKH, at, at, spec.mask, **how, **slope)
+        return blocks.add_sink(blocks.merge(old, new), heads)[0].astype(q_BTNH.dtype)
 
     q_spec = rules("batch", None, "act_heads", None)
     kv_spec = rules("batch", None, "act_kv_heads", None)
     at_spec = Where(rules("batch", None), rules("batch", None))
+    heads_spec = jax.tree.map(lambda _: rules("act_heads"), heads)
     cache_spec = decode.Stored.sharding(rules)
-    return jax.shard_map(
-        merged, in_specs=(q_spec, kv_spec, kv_spec, at_spec, cache_spec), out_specs=q_spec
-    )(q_BTNH, k_BTKH, v_BTKH, at, cache)
+    in_specs = q_spec, kv_spec, kv_spec, heads_spec, at_spec, cache_spec
+    return jax.shard_map(merged, in_specs=in_specs, out_specs=q_spec)(
+        q_BTNH, k_BTKH, v_BTKH, heads, at, cache
+    )
+
+
+def _check_cached(spec: AttentionSpec, tokens: int) -> None:
+    """NotImplementedError where what a token sees is not there yet when it is read."""
+    if spec.kind == "bidirectional":
+        raise NotImplementedError(
+            "kind='bidirectional' sees what comes later, so it cannot be decoded token by token: "
+            "run it without a cache, or take kind='full' or 'prefix'"
+        )
+    if 1 < tokens < spec.prefix:
+        raise NotImplementedError(
+            f"kind='prefix' with prefix={spec.prefix} in prefill chunks of {tokens} tokens: a "
+            "chunk must hold the whole prefix; raise the chunk, or shorten the prefix"
+        )
 
 
 def _kernel(name: str) -> str:
@@ -120,8 +145,8 @@ class Call(NamedTuple):
         return self.kernel, self.spec.mask, self.q_shape[-1] ** -0.5, self.spec.softcap
 
 
-# attention(q_BTNH, k_BTKH, v_BTKH, q_at, k_at) -> out_BTNH of the tokens of one device.
-Attention = Callable[[jax.Array, jax.Array, jax.Array, Where, Where], jax.Array]
+# attention(q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at) -> out_BTNH of the tokens of one device.
+Attention = Callable[[jax.Array, jax.Array, jax.Array, Heads, Where, Where], jax.Array]
 
 
 def _local(call: Call) -> Attention:

@@ -7,7 +7,7 @@ out, lse = merge((out_a, lse_a), (out_b, lse_b))      attention over the keys of
 import jax
 import jax.numpy as jnp
 
-from model.attention.spec import Mask, Where
+from model.attention.spec import Heads, Mask, Where
 
 FAR = jnp.iinfo(jnp.int32).max
 
@@ -37,13 +37,34 @@ def meets(mask: Mask, q_ends: Ends, k_ends: Ends) -> jax.Array:
     """
     (q_low, q_high), (k_low, k_high) = q_ends, k_ends
     meets = (k_low.segments_BT <= q_high.segments_BT) & (q_low.segments_BT <= k_high.segments_BT)
-    if mask.causal:
-        after = k_low.positions_BT > q_high.positions_BT
-        meets &= ~((k_low.segments_BT == q_high.segments_BT) & after)
-    if mask.window:
-        behind = q_low.positions_BT - k_high.positions_BT >= mask.window
-        meets &= ~((k_high.segments_BT == q_low.segments_BT) & behind)
+    # Where two blocks touch in one document alone, its positions decide.
+    if mask.causal or mask.window:
+        ends_here = k_low.segments_BT == q_high.segments_BT
+        ahead = k_low.positions_BT - q_high.positions_BT
+        hidden = ahead > 0 if mask.causal else ahead >= mask.window
+        meets &= ~(ends_here & hidden & (k_low.positions_BT >= mask.prefix))
+    if mask.limited:
+        begins_here = k_high.segments_BT == q_low.segments_BT
+        behind = _is_behind(mask, q_low.positions_BT, k_high.positions_BT)
+        one_document = k_low.segments_BT == k_high.segments_BT
+        reaches_far = ~one_document if mask.sinks else False
+        reaches_far |= k_low.positions_BT < mask.sinks
+        if mask.stride:
+            apart_low = q_low.positions_BT // mask.block - k_high.positions_BT // mask.block
+            apart_high = q_high.positions_BT // mask.block - k_low.positions_BT // mask.block
+            on_stride = apart_high // mask.stride * mask.stride >= apart_low
+            reaches_far |= on_stride | ~one_document | (q_low.segments_BT < q_high.segments_BT)
+        meets &= ~(begins_here & behind) | reaches_far
     return meets
+
+
+def _is_behind(mask: Mask, q_low: jax.Array, k_high: jax.Array) -> jax.Array:
+    """Whether the last key is no longer near the first query of its document."""
+    if mask.window:
+        return q_low - k_high >= mask.window
+    if mask.chunk:
+        return q_low // mask.chunk > k_high // mask.chunk
+    return q_low // mask.block - k_high // mask.block >= mask.local
 
 
 Part = tuple[jax.Array, jax.Array]
@@ -61,6 +82,29 @@ def merge(a: Part, b: Part) -> Part:
 def delta(out_BTNH: jax.Array, dout_BTNH: jax.Array) -> jax.Array:
     """<out, dout> of each query and head, float32 [B, T, N]: what the softmax takes from dp."""
     return (out_BTNH.astype(jnp.float32) * dout_BTNH.astype(jnp.float32)).sum(-1)
+
+
+def add_sink(part: Part, heads: Heads) -> Part:
+    """`part` with the learned sink among the keys: once, after all of them (its value is zero)."""
+    out_BTNH, lse_BTN = part
+    if heads.sink_N is None:
+        return part
+    with_sink_BTN = jnp.logaddexp(lse_BTN, heads.sink_N[None, None])
+    return out_BTNH * jnp.exp(lse_BTN - with_sink_BTN)[..., None], with_sink_BTN
+
+
+def sink_gradient(heads: Heads, lse_BTN: jax.Array, delta_BTN: jax.Array) -> Heads:
+    """Gradient of the sinks; `lse` counts them in. The softmax of a zero value: -p delta."""
+    if heads.sink_N is None:
+        return Heads(None, None)
+    p_BTN = jnp.exp(heads.sink_N[None, None] - lse_BTN)
+    return Heads(-(p_BTN * delta_BTN).sum((0, 1)), None)
+
+
+def vary(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x`, varying over the mesh axes that `like` varies over (for shard_map)."""
+    have, want = (jax.typeof(a).manual_axis_type.varying for a in (x, like))
+    return jax.lax.pcast(x, tuple(want - have), to="varying")
 
 
 def fresh(like, shape: tuple[int, ...], value: float) -> jax.Array:

@@ -1,8 +1,8 @@
 """Attention in portable XLA, tile by tile: any backend, linear memory, and THE path on CPUs.
 
 An online softmax (Milakov and Gimelshein, 2018; Rabe and Staats, 2021) over tiles of queries x
-keys, and the backward of FlashAttention (Dao et al., 2022). Only the range of key tiles that the
-mask may allow is visited:
+keys, and the backward of FlashAttention (Dao et al., 2022). Only the key tiles that the mask may
+allow are visited:
 
     out_BTNH, lse_BTN = forward(q_BTNH, k_BSKH, v_BSKH, at, at, Mask(), scale=0.125, softcap=0.0)
 
@@ -39,22 +39,25 @@ def forward(
     *,
     scale: float,
     softcap: float,
+    slope_N: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(out [B, T, N, H], log-sum-exp [B, T, N]), both float32; no key seen: 0 and -inf."""
     tiling = _Tiling(q_BTNH.shape, k_BSKH.shape, mask)
     fresh = functools.partial(blocks.fresh, (q_BTNH, k_BSKH, v_BSKH, q_at, k_at))
 
     def group(args):
-        q_YPRH, k_ZPCH, v_ZPCH, q_at_YPR, k_at_ZPC = args
+        q_YPRH, slope_YPR, k_ZPCH, v_ZPCH, q_at_YPR, k_at_ZPC = args
         q_ends_Y, k_ends_Z = blocks.ends(q_at_YPR), blocks.ends(k_at_ZPC)
 
         def query_block(args):
-            q_PRH, q_at_PR, q_ends = args
+            q_PRH, slope_PR, q_at_PR, q_ends = args
+            visited_Z, count = _visited(blocks.meets(mask, q_ends, k_ends_Z))
 
-            def key_block(z, carry):
+            def key_block(i, carry):
                 out_PRH, high_PR, total_PR = carry
-                k_PCH, v_PCH, k_at_PC = _pick((k_ZPCH, v_ZPCH, k_at_ZPC), z)
-                s_PRC, unit = _scores(q_PRH, k_PCH, scale, softcap)
+                k_PCH, v_PCH, k_at_PC = _pick((k_ZPCH, v_ZPCH, k_at_ZPC), visited_Z[i])
+                bias_PRC = _bias(slope_PR, q_at_PR, k_at_PC)
+                s_PRC, unit = _scores(q_PRH, k_PCH, scale, softcap, bias_PRC)
                 s_PRC = jnp.where(_allowed(mask, q_at_PR, k_at_PC), s_PRC, -jnp.inf)
                 new_PR = jnp.maximum(high_PR, s_PRC.max(-1))
                 # Rows that have seen nothing yet stay at -inf: keep -inf - -inf out.
@@ -69,21 +72,22 @@ def forward(
 
             rows = q_PRH.shape[:2]
             start = fresh(q_PRH.shape, 0.0), fresh(rows, -jnp.inf), fresh(rows, 0.0)
-            first, last = _span(blocks.meets(mask, q_ends, k_ends_Z))
-            out_PRH, high_PR, total_PR = jax.lax.fori_loop(first, last, key_block, start)
+            out_PRH, high_PR, total_PR = jax.lax.fori_loop(0, count, key_block, start)
             seen_PR = total_PR > 0
             out_PRH /= jnp.where(seen_PR, total_PR, 1.0)[..., None]
-            lse_PR = jnp.where(seen_PR, high_PR * (1.0 if softcap else scale), -jnp.inf) + jnp.log(
+            unit = 1.0 if softcap or slope_N is not None else scale
+            lse_PR = jnp.where(seen_PR, high_PR * unit, -jnp.inf) + jnp.log(
                 jnp.where(seen_PR, total_PR, 1.0)
             )
             return out_PRH, lse_PR
 
-        return jax.lax.map(query_block, (q_YPRH, q_at_YPR, q_ends_Y))
+        return jax.lax.map(query_block, (q_YPRH, slope_YPR, q_at_YPR, q_ends_Y))
 
     out_XYPRH, lse_XYPR = jax.lax.map(
         group,
         (
             tiling.split_queries(q_BTNH),
+            tiling.split_slopes(slope_N),
             tiling.split_keys(k_BSKH),
             tiling.split_keys(v_BSKH),
             tiling.split_queries_at(q_at),
@@ -106,6 +110,7 @@ def backward(
     *,
     scale: float,
     softcap: float,
+    slope_N: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients (dq, dk, dv), float32, of these keys' part in an attention with `lse` and `delta`.
 
@@ -123,12 +128,15 @@ def backward(
         def key_block(dq_YPHR, args):
             k_PCH, v_PCH, k_at_PC, k_ends = args
             k_PHC = k_PCH.swapaxes(1, 2)
+            visited_Y, count = _visited(blocks.meets(mask, q_ends_Y, k_ends))
 
-            def query_block(y, carry):
+            def query_block(i, carry):
                 # Scores stand keys x queries here, so that no large tile is ever transposed.
                 dq_YPHR, dk_PCH, dv_PCH = carry
-                q_PRH, dout_PRH, lse_PR, delta_PR, q_at_PR = _pick(queries_Y, y)
-                s_PCR, unit = _scores(k_PCH, q_PRH, scale, softcap)
+                y = visited_Y[i]
+                q_PRH, dout_PRH, lse_PR, delta_PR, slope_PR, q_at_PR = _pick(queries_Y, y)
+                bias_PCR = _bias(slope_PR, q_at_PR, k_at_PC, keys_first=True)
+                s_PCR, unit = _scores(k_PCH, q_PRH, scale, softcap, bias_PCR)
                 p_PCR = jnp.exp2(s_PCR * unit - lse_PR[:, None] * LOG2_E)
                 p_PCR = jnp.where(_allowed(mask, q_at_PR, k_at_PC, keys_first=True), p_PCR, 0.0)
                 dv_PCH += _dot("PCR,PRH->PCH", p_PCR.astype(dout_PRH.dtype), dout_PRH)
@@ -141,9 +149,8 @@ def backward(
                 dq_YPHR = jax.lax.dynamic_update_index_in_dim(dq_YPHR, dq_PHR, y, 0)
                 return dq_YPHR, dk_PCH, dv_PCH
 
-            first, last = _span(blocks.meets(mask, q_ends_Y, k_ends))
             start = dq_YPHR, fresh(k_PCH.shape, 0.0), fresh(v_PCH.shape, 0.0)
-            dq_YPHR, dk_PCH, dv_PCH = jax.lax.fori_loop(first, last, query_block, start)
+            dq_YPHR, dk_PCH, dv_PCH = jax.lax.fori_loop(0, count, query_block, start)
             return dq_YPHR, (dk_PCH * scale, dv_PCH)
 
         q_YPRH = queries_Y[0]
@@ -159,6 +166,7 @@ def backward(
         tiling.split_queries(dout_BTNH),
         tiling.split_queries(lse_BTN),
         tiling.split_queries(delta_BTN),
+        tiling.split_slopes(slope_N),
         tiling.split_queries_at(q_at),
     )
     keys_XZ = tiling.split_keys(k_BSKH), tiling.split_keys(v_BSKH), tiling.split_keys_at(k_at)
@@ -173,7 +181,7 @@ class _Tiling:
         self.B, self.T, N, _ = q_shape
         _, self.S, self.K, _ = k_shape
         self.G = N // self.K
-        extent = min(mask.window or self.S, self.S)
+        extent = min(2 * mask.block or mask.near or self.S, self.S)
         block = max(MIN_BLOCK, min(MAX_BLOCK, 2 ** (max(extent // 2, 1).bit_length() - 1)))
         self.queries, self.keys = min(block, self.T), min(block, self.S)
         lanes = max(MIN_LANES, TILE_SCORES // (self.G * self.queries * self.keys))
@@ -194,6 +202,11 @@ class _Tiling:
 
     def split_keys_at(self, at: Where) -> Where:
         return Where(*(self.split_keys(_repeat(x_BS, self.K)) for x_BS in at))
+
+    def split_slopes(self, slope_N: jax.Array | None) -> jax.Array | None:
+        if slope_N is None:
+            return None
+        return self.split_queries(jnp.broadcast_to(slope_N, (self.B, self.T, slope_N.size)))
 
     def join_queries(self, x_XYPR: jax.Array) -> jax.Array:
         return self._join(x_XYPR, self.T, self.queries, self.G)
@@ -222,12 +235,18 @@ class _Tiling:
 
 
 def _scores(
-    x_PRH: jax.Array, y_PCH: jax.Array, scale: float, softcap: float
+    x_PRH: jax.Array,
+    y_PCH: jax.Array,
+    scale: float,
+    softcap: float,
+    bias_PRC: jax.Array | None,
 ) -> tuple[jax.Array, float]:
     """Scores up to a factor, and that factor (in base 2): exp2 can then scale for free."""
     s_PRC = _dot("PRH,PCH->PRC", x_PRH, y_PCH)
     if softcap:
         return softcap * jnp.tanh(s_PRC * (scale / softcap)), LOG2_E
+    if bias_PRC is not None:
+        return s_PRC * scale + bias_PRC, LOG2_E
     return s_PRC, scale * LOG2_E
 
 
@@ -238,21 +257,34 @@ def _dot(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
 def _allowed(mask: Mask, q_at_PR: Where, k_at_PC: Where, keys_first: bool = False) -> jax.Array:
     """The mask of a tile: [P, R, C], or [P, C, R]."""
     q_dim, k_dim = (1, 2) if keys_first else (2, 1)
-    (q_positions, q_segments), (k_positions, k_segments) = (
-        jax.tree.map(functools.partial(jnp.expand_dims, axis=dim), at)
-        for at, dim in ((q_at_PR, q_dim), (k_at_PC, k_dim))
+    q_at, k_at = _expand(q_at_PR, q_dim), _expand(k_at_PC, k_dim)
+    return mask.allowed(
+        q_at.positions_BT, k_at.positions_BT, q_at.segments_BT, k_at.segments_BT
     )
-    return mask.allowed(q_positions, k_positions, q_segments, k_segments)
+
+
+def _bias(
+    slope_PR: jax.Array | None, q_at_PR: Where, k_at_PC: Where, keys_first: bool = False
+) -> jax.Array | None:
+    """slope x (key - query), of the shape of the tile."""
+    if slope_PR is None:
+        return None
+    q_dim, k_dim = (1, 2) if keys_first else (2, 1)
+    q_at, k_at = _expand(q_at_PR, q_dim), _expand(k_at_PC, k_dim)
+    return _expand(slope_PR, q_dim) * (k_at.positions_BT - q_at.positions_BT)
+
+
+def _expand(tree, dim: int):
+    return jax.tree.map(lambda x: jnp.expand_dims(x, dim), tree)
 
 
 def _pick(tree, index):
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
 
 
-def _span(meets_Z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The range [first, last) that holds every true element."""
-    last = meets_Z.shape[0] - jnp.argmax(meets_Z[::-1])
-    return jnp.argmax(meets_Z), jnp.where(meets_Z.any(), last, 0)
+def _visited(meets_Z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The places of the true elements, in order, and their number."""
+    return jnp.argsort(~meets_Z, stable=True), meets_Z.sum()
 
 
 def _repeat(x_BT: jax.Array, heads: int) -> jax.Array:

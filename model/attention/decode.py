@@ -30,7 +30,14 @@ class Stored(NamedTuple):
 
 
 def forward(
-    q_BTNH: jax.Array, cache: Stored, q_at: Where, mask: Mask, *, scale: float, softcap: float
+    q_BTNH: jax.Array,
+    cache: Stored,
+    q_at: Where,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float,
+    slope_N: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(out [B, T, N, H] float32, lse [B, T, N] float32) over the stored keys alone."""
     B, T, N, H = q_BTNH.shape
@@ -49,6 +56,10 @@ def forward(
         )
         if softcap:
             s_BKGTC = softcap * jnp.tanh(s_BKGTC / softcap)
+        if slope_N is not None:
+            ahead_BTC = at_BC[:, None, :] - q_at.positions_BT[:, :, None]
+            slope_KG11 = slope_N.reshape(K, N // K, 1, 1)
+            s_BKGTC = s_BKGTC + slope_KG11[None] * ahead_BTC[:, None, None]
         fresh_C = start + jnp.arange(block) >= i * block
         seen_BTC = fresh_C[None, None, :] & mask.allowed(
             q_at.positions_BT[:, :, None],

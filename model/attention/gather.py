@@ -9,7 +9,7 @@ from types import ModuleType
 import jax
 
 from model.attention import local
-from model.attention.spec import Mask, Where
+from model.attention.spec import Heads, Mask, Where
 
 
 def attention(
@@ -21,6 +21,7 @@ def attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
+    heads: Heads,
     q_at: Where,
     k_at: Where,
 ) -> jax.Array:
@@ -31,4 +32,5 @@ def attention(
 
     k_BSKH, v_BSKH = gather(k_BTKH), gather(v_BTKH)
     all_at = jax.tree.map(gather, k_at)
-    return local.attention(kernel, mask, scale, softcap, q_BTNH, k_BSKH, v_BSKH, q_at, all_at)
+    how = kernel, mask, scale, softcap
+    return local.attention(*how, q_BTNH, k_BSKH, v_BSKH, heads, q_at, all_at)

@@ -16,10 +16,11 @@ def forward(
     *,
     scale: float,
     softcap: float,
+    slope_N: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(out [B, T, N, H], log-sum-exp [B, T, N]), both float32; no key seen: 0 and -inf."""
     B, T, N, H = q_BTNH.shape
-    s_BTKGS, seen_BTS = _scores(q_BTNH, k_BSKH, q_at, k_at, mask, scale, softcap)
+    s_BTKGS, seen_BTS = _scores(q_BTNH, k_BSKH, q_at, k_at, mask, scale, softcap, slope_N)
     s_BTKGS = jnp.where(seen_BTS[:, :, None, None, :], s_BTKGS, -jnp.inf)
     lse_BTKG = jax.nn.logsumexp(s_BTKGS, axis=-1)
     # A row that sees nothing has lse -inf: keep -inf - -inf out.
@@ -42,13 +43,14 @@ def backward(
     *,
     scale: float,
     softcap: float,
+    slope_N: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients (dq, dk, dv), float32, of these keys' part in an attention with `lse` and `delta`.
 
     `lse` is over all keys that the queries see, here or elsewhere; `delta` is <out, dout>.
     """
     K = k_BSKH.shape[2]
-    s_BTKGS, seen_BTS = _scores(q_BTNH, k_BSKH, q_at, k_at, mask, scale, softcap)
+    s_BTKGS, seen_BTS = _scores(q_BTNH, k_BSKH, q_at, k_at, mask, scale, softcap, slope_N)
     seen_BTS = seen_BTS[:, :, None, None, :]
     # Masked before exp: a score that was not in `lse` may be far above it.
     lse_BTKG1 = _grouped(lse_BTN, K)[..., None]
@@ -65,12 +67,16 @@ def backward(
     return dq_BTKGH.reshape(q_BTNH.shape), dk_BSKH, dv_BSKH
 
 
-def _scores(q_BTNH, k_BSKH, q_at, k_at, mask, scale, softcap):
+def _scores(q_BTNH, k_BSKH, q_at, k_at, mask, scale, softcap, slope_N):
     """Scores [B, T, K, G, S] and which of them count, [B, T, S]."""
     q_BTKGH = _grouped(q_BTNH, k_BSKH.shape[2])
     s_BTKGS = jnp.einsum("BTKGH,BSKH->BTKGS", q_BTKGH * scale, k_BSKH.astype(jnp.float32))
     if softcap:
         s_BTKGS = softcap * jnp.tanh(s_BTKGS / softcap)
+    if slope_N is not None:
+        ahead_BTS = k_at.positions_BT[:, None, :] - q_at.positions_BT[:, :, None]
+        slope_KG1 = slope_N.reshape(k_BSKH.shape[2], -1, 1)
+        s_BTKGS = s_BTKGS + slope_KG1[None, None] * ahead_BTS[:, :, None, None, :]
     seen_BTS = mask.allowed(
         q_at.positions_BT[:, :, None],
         k_at.positions_BT[:, None, :],

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from model.attention import blocks, local
-from model.attention.spec import Mask, Where
+from model.attention.spec import Heads, Mask, Where
 
 
 class Ring(NamedTuple):
@@ -56,9 +56,9 @@ class Ring(NamedTuple):
 
 
 def hops(mask: Mask, size: int, tokens: int, contiguous: bool) -> int:
-    """Shards that a query may see: a window over shards of `tokens` in order ends the round."""
-    if contiguous and mask.causal and mask.window:
-        return min(size, 1 + math.ceil((mask.window - 1) / tokens))
+    """Shards that a query may see: a short reach over shards of `tokens` in order ends the round."""
+    if contiguous and mask.reach:
+        return min(size, 1 + math.ceil((mask.reach - 1) / tokens))
     return size
 
 
@@ -72,11 +72,13 @@ def attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
+    heads: Heads,
     q_at: Where,
     k_at: Where,
 ) -> jax.Array:
     """out [B, T, N, H] in q's dtype for the T queries of this shard, over all keys of the ring."""
-    return _forward(ring, kernel, mask, scale, softcap, q_BTNH, k_BTKH, v_BTKH, q_at, k_at)[0]
+    qkv = q_BTNH, k_BTKH, v_BTKH
+    return _forward(ring, kernel, mask, scale, softcap, *qkv, heads, q_at, k_at)[0]
 
 
 # K and V travel as one array. Where they stand travels with them, 8 bytes a token beside the 1000s
@@ -85,7 +87,7 @@ def _pack(k_BTKH: jax.Array, v_BTKH: jax.Array, k_at: Where) -> tuple[jax.Array,
     return jnp.stack((k_BTKH, v_BTKH)), jnp.stack(k_at)
 
 
-def _forward(ring, kernel, mask, scale, softcap, q_BTNH, k_BTKH, v_BTKH, q_at, k_at):
+def _forward(ring, kernel, mask, scale, softcap, q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at):
     q_ends = blocks.ends_of_rows(q_at)
 
     def hop(carry, *, first, last):
@@ -94,8 +96,9 @@ def _forward(ring, kernel, mask, scale, softcap, q_BTNH, k_BTKH, v_BTKH, q_at, k
 
         def see():
             return kernel.forward(
-                q_BTNH, kv[0], kv[1], q_at, Where(*at), mask, scale=scale, softcap=softcap
-            )
+                q_BTNH, kv[0], kv[1], q_at, Where(*at), mask,
+                scale=scale, softcap=softcap, slope_N=heads.slope_N,
+            )  # fmt: skip
 
         if first:
             return there, see()
@@ -103,14 +106,15 @@ def _forward(ring, kernel, mask, scale, softcap, q_BTNH, k_BTKH, v_BTKH, q_at, k
             _in_reach(mask, q_ends, at), lambda p: blocks.merge(p, see()), lambda p: p, part
         )
 
-    _, (out_BTNH, lse_BTN) = ring.go_round(hop, (_pack(k_BTKH, v_BTKH, k_at), None))
+    _, part = ring.go_round(hop, (_pack(k_BTKH, v_BTKH, k_at), None))
+    out_BTNH, lse_BTN = blocks.add_sink(part, heads)
     out_BTNH = out_BTNH.astype(q_BTNH.dtype)
     out_BTNH, lse_BTN = (checkpoint_name(x, local.SAVED) for x in (out_BTNH, lse_BTN))
-    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, q_at, k_at, out_BTNH, lse_BTN)
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at, out_BTNH, lse_BTN)
 
 
 def _backward(ring, kernel, mask, scale, softcap, saved, dout_BTNH):
-    q_BTNH, k_BTKH, v_BTKH, q_at, k_at, out_BTNH, lse_BTN = saved
+    q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at, out_BTNH, lse_BTN = saved
     delta_BTN = blocks.delta(out_BTNH, dout_BTNH)
     q_ends = blocks.ends_of_rows(q_at)
 
@@ -121,7 +125,7 @@ def _backward(ring, kernel, mask, scale, softcap, saved, dout_BTNH):
         def see():
             dq_BTNH, dk_BTKH, dv_BTKH = kernel.backward(
                 q_BTNH, kv[0], kv[1], q_at, Where(*at), mask, dout_BTNH, lse_BTN, delta_BTN,
-                scale=scale, softcap=softcap,
+                scale=scale, softcap=softcap, slope_N=heads.slope_N,
             )  # fmt: skip
             return dq_BTNH, jnp.stack((dk_BTKH, dv_BTKH))
 
@@ -144,7 +148,8 @@ def _backward(ring, kernel, mask, scale, softcap, saved, dout_BTNH):
     _, (dq_BTNH, dkv) = ring.go_round(hop, (_pack(k_BTKH, v_BTKH, k_at), None))
     # Complete: rounded to the dtype of K before the way home, from wherever the round ended.
     dk_BTKH, dv_BTKH = ring.send(dkv.astype(k_BTKH.dtype), 1 - ring.hops)
-    return dq_BTNH.astype(q_BTNH.dtype), dk_BTKH, dv_BTKH, None, None
+    dheads = blocks.sink_gradient(heads, lse_BTN, delta_BTN)
+    return dq_BTNH.astype(q_BTNH.dtype), dk_BTKH, dv_BTKH, dheads, None, None
 
 
 attention.defvjp(_forward, _backward)

@@ -20,15 +20,31 @@ class Where(NamedTuple):
     segments_BT: jax.Array
 
 
+class Heads(NamedTuple):
+    """What differs from head to head, float32 [N]; None where the spec does not ask for it."""
+
+    sink_N: jax.Array | None = None  # learned logit of a key of value zero (gpt-oss)
+    slope_N: jax.Array | None = None  # ALiBi: score - slope * distance
+
+
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """What a query may see: keys of its segment, not after it, less than `window` before it.
+    """What a query may see of its own segment; distances count from the query back.
 
-    The query itself counts into the window: `window=1` sees itself alone; 0 is no limit.
+    Near: a key less than `window` away (`window=1` is the query alone), or of the query's own
+    chunk of `chunk` tokens, or less than `local` blocks of `block` tokens back. No limit is 0.
+    Far, whatever limits near: the first `sinks` tokens, and every `stride`-th block back.
+    Causal: no key after the query, except that the first `prefix` tokens are seen by all.
     """
 
     causal: bool = True
     window: int = 0
+    chunk: int = 0
+    block: int = 0
+    local: int = 0
+    stride: int = 0
+    sinks: int = 0
+    prefix: int = 0
 
     def allowed(
         self,
@@ -39,31 +55,106 @@ class Mask:
     ) -> jax.Array:
         """Booleans of the broadcast shape of the four int32 arguments."""
         seen = (q_segments == k_segments) & (k_segments > 0)
+        if self.limited:
+            seen = seen & (self._near(q_positions, k_positions) | self._far(q_positions, k_positions))
         if self.causal:
-            seen = seen & (k_positions <= q_positions)
-        if self.window:
-            seen = seen & (q_positions - k_positions < self.window)
+            past = k_positions <= q_positions
+            seen = seen & (past | (k_positions < self.prefix) if self.prefix else past)
         return seen
+
+    def _near(self, q_positions, k_positions):
+        if self.window:
+            distance = q_positions - k_positions
+            return (distance if self.causal else abs(distance)) < self.window
+        if self.chunk:
+            return q_positions // self.chunk == k_positions // self.chunk
+        return q_positions // self.block - k_positions // self.block < self.local
+
+    def _far(self, q_positions, k_positions):
+        far = k_positions < self.sinks
+        if self.stride:
+            far = far | ((q_positions // self.block - k_positions // self.block) % self.stride == 0)
+        return far
+
+    @property
+    def limited(self) -> bool:
+        """Whether some earlier key may be out of sight."""
+        return bool(self.window or self.chunk or self.block)
+
+    @property
+    def near(self) -> int:
+        """Tokens that may be near, the query included; 0 is no limit."""
+        return self.window or self.chunk or self.local * self.block
+
+    @property
+    def kept(self) -> int:
+        """Tokens that a cache must keep, the first `sinks` among them; 0 is all."""
+        return 0 if self.stride or not self.near else self.near + self.sinks
+
+    @property
+    def reach(self) -> int:
+        """Tokens back that can be seen at all, the query included; 0 is no limit."""
+        return 0 if self.sinks or self.stride or not self.causal else self.near
+
+
+Kind = Literal["full", "sliding", "chunked", "block_sparse", "prefix", "bidirectional"]
+NEEDS = {  # the fields that belong to a kind, and are at least 1 there
+    "sliding": ("window",),
+    "chunked": ("chunk",),
+    "block_sparse": ("block", "local"),
+    "prefix": ("prefix",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec(Section):
     """One slot of the layer pattern."""
 
-    kind: Literal["full", "sliding"] = setting("full", "every earlier token, or a window")
+    kind: Kind = setting("full", "what a token sees of its document")
     window: int = setting(0, "tokens seen by kind='sliding', the query included", low=0)
-    rope_base: float = setting(10_000.0, "base of the rotary wavelengths", above=0)
+    chunk: int = setting(0, "kind='chunked': only the own chunk of so many tokens", low=0)
+    block: int = setting(0, "tokens a block of kind='block_sparse'", low=0)
+    local: int = setting(0, "blocks back that it sees, the own one included", low=0)
+    stride: int = setting(0, "it also sees every so many-th block back; 0 is none", low=0)
+    prefix: int = setting(0, "kind='prefix': first tokens of a text, seen by all of it", low=0)
+    sinks: int = setting(0, "first tokens that stay in sight, beside what is near", low=0)
+    sink_logit: bool = setting(False, "a learned logit a head takes part of the softmax")
+    alibi: bool = setting(False, "scores fall linearly with distance (arXiv 2108.12409)")
+    rope_base: float = setting(10_000.0, "base of the rotary wavelengths; 0 is no RoPE", low=0)
+    rope_scale: float = setting(1.0, "positions are divided by it (arXiv 2306.15595)", above=0)
     softcap: float = setting(0.0, "scores become cap * tanh(score / cap); 0 is off", low=0)
 
     def check(self) -> None:
-        if (self.kind == "sliding") != (self.window > 0):
-            raise UserError(
-                f"kind={self.kind!r} with window={self.window}: a window goes with kind='sliding'"
-            )
+        for kind, fields in NEEDS.items():
+            for field in fields:
+                value = getattr(self, field)
+                if (self.kind == kind) != (value > 0):
+                    raise UserError(
+                        f"kind={self.kind!r} with {field}={value}: "
+                        f"a {field} goes with kind={kind!r}, and is at least 1 there"
+                    )
+        if self.stride and self.kind != "block_sparse":
+            raise UserError(f"stride={self.stride} goes with kind='block_sparse'")
+        if self.sinks and not self.mask.limited:
+            raise UserError(f"sinks={self.sinks}: kind={self.kind!r} sees the first tokens anyway")
+        if self.alibi and self.softcap:
+            raise UserError("alibi=True with a softcap: no model has both, and the order matters")
+
+    def everywhere(self) -> "AttentionSpec":
+        """The same scores over the whole document."""
+        names = ("sink_logit", "alibi", "rope_base", "rope_scale", "softcap")
+        return AttentionSpec(**{name: getattr(self, name) for name in names})
+
+    @property
+    def rope(self) -> tuple[float, float] | None:
+        """(base, scale) of the rotary embedding, None if there is none."""
+        return (self.rope_base, self.rope_scale) if self.rope_base else None
 
     @property
     def mask(self) -> Mask:
-        return Mask(window=self.window)
+        names = ("window", "chunk", "block", "local", "stride", "sinks", "prefix")
+        fields = {name: getattr(self, name) for name in names}
+        return Mask(causal=self.kind != "bidirectional", **fields)
 
 
 def full(**fields) -> AttentionSpec:
@@ -71,6 +162,30 @@ def full(**fields) -> AttentionSpec:
     return AttentionSpec(kind="full", **fields)
 
 
+def bidirectional(**fields) -> AttentionSpec:
+    """Attention to the whole document, what comes later included: for embeddings."""
+    return AttentionSpec(kind="bidirectional", **fields)
+
+
 def sliding(window: int, **fields) -> AttentionSpec:
     """Causal attention to the last `window` tokens, the query included."""
     return AttentionSpec(kind="sliding", window=window, **fields)
+
+
+def chunked(chunk: int, **fields) -> AttentionSpec:
+    """Causal attention inside chunks: tokens i // chunk of a document see each other."""
+    return AttentionSpec(kind="chunked", chunk=chunk, **fields)
+
+
+def block_sparse(block: int, local: int, stride: int = 0, **fields) -> AttentionSpec:
+    """Causal attention to `local` blocks, to every `stride`-th block back, and to `sinks`.
+
+    The strided pattern of Sparse Transformer (arXiv 1904.10509); with `sinks` of whole blocks the
+    global tokens of Longformer and BigBird (arXiv 2004.05150, 2007.14062).
+    """
+    return AttentionSpec(kind="block_sparse", block=block, local=local, stride=stride, **fields)
+
+
+def prefix(tokens: int, **fields) -> AttentionSpec:
+    """Causal attention, but all see the first `tokens` of the document, these each other too."""
+    return AttentionSpec(kind="prefix", prefix=tokens, **fields)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from model.attention.spec import Where
+from model.attention.spec import Heads, Where
 
-Inner = Callable[[jax.Array, jax.Array, jax.Array, Where, Where], jax.Array]
+Inner = Callable[[jax.Array, jax.Array, jax.Array, Heads, Where, Where], jax.Array]
 
 
 def attention(
@@ -22,6 +22,7 @@ def attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
+    heads: Heads,
     q_at: Where,
     k_at: Where,
 ) -> jax.Array:
@@ -35,5 +36,8 @@ def attention(
         jax.lax.all_to_all(x, split_axis=2, concat_axis=1, **how) for x in (q_BTNH, k_BTKH, v_BTKH)
     )
     at = jax.tree.map(lambda x: jax.lax.all_gather(x, axis=1, **how), q_at)
-    out_BSNH = inner(q_BSNH, k_BSKH, v_BSKH, at, at)
+    mine = q_BSNH.shape[2]
+    first = jax.lax.axis_index(axes) % degree * mine
+    heads = jax.tree.map(lambda x_N: jax.lax.dynamic_slice(x_N, (first,), (mine,)), heads)
+    out_BSNH = inner(q_BSNH, k_BSKH, v_BSKH, heads, at, at)
     return jax.lax.all_to_all(out_BSNH, split_axis=1, concat_axis=2, **how)

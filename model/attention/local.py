@@ -1,4 +1,4 @@
-"""WHERE: queries and keys of one device. The one custom_vjp around a kernel's pair."""
+"""WHERE: queries and keys of one device. One custom_vjp around a kernel's pair."""
 
 import functools
 from types import ModuleType
@@ -29,22 +29,26 @@ def attention(
 
 
 def _forward(kernel, mask, scale, softcap, q_BTNH, k_BSKH, v_BSKH, q_at, k_at):
-    out_BTNH, lse_BTN = kernel.forward(
-        q_BTNH, k_BSKH, v_BSKH, q_at, k_at, mask, scale=scale, softcap=softcap
+    out_BTNH, lse_BTN = saved(
+        q_BTNH.dtype,
+        *kernel.forward(q_BTNH, k_BSKH, v_BSKH, q_at, k_at, mask, scale=scale, softcap=softcap),
     )
-    out_BTNH = out_BTNH.astype(q_BTNH.dtype)
-    out_BTNH, lse_BTN = (checkpoint_name(x, SAVED) for x in (out_BTNH, lse_BTN))
     return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, q_at, k_at, out_BTNH, lse_BTN)
 
 
-def _backward(kernel, mask, scale, softcap, saved, dout_BTNH):
-    q_BTNH, k_BSKH, v_BSKH, q_at, k_at, out_BTNH, lse_BTN = saved
+def _backward(kernel, mask, scale, softcap, residuals, dout_BTNH):
+    q_BTNH, k_BSKH, v_BSKH, q_at, k_at, out_BTNH, lse_BTN = residuals
     gradients = kernel.backward(
         q_BTNH, k_BSKH, v_BSKH, q_at, k_at, mask,
         dout_BTNH, lse_BTN, blocks.delta(out_BTNH, dout_BTNH), scale=scale, softcap=softcap,
     )  # fmt: skip
     qkv = q_BTNH, k_BSKH, v_BSKH
     return *(g.astype(x.dtype) for g, x in zip(gradients, qkv, strict=True)), None, None
+
+
+def saved(dtype, out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(out in `dtype`, lse), under the name that rematerialisation keeps."""
+    return checkpoint_name(out.astype(dtype), SAVED), checkpoint_name(lse, SAVED)
 
 
 attention.defvjp(_forward, _backward)

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from model.attention import blocks, local
 from model.attention.spec import Mask, Where
@@ -103,14 +102,13 @@ def _forward(ring, kernel, mask, scale, softcap, q_BTNH, k_BTKH, v_BTKH, q_at, k
             _in_reach(mask, q_ends, at), lambda p: blocks.merge(p, see()), lambda p: p, part
         )
 
-    _, (out_BTNH, lse_BTN) = ring.go_round(hop, (_pack(k_BTKH, v_BTKH, k_at), None))
-    out_BTNH = out_BTNH.astype(q_BTNH.dtype)
-    out_BTNH, lse_BTN = (checkpoint_name(x, local.SAVED) for x in (out_BTNH, lse_BTN))
+    _, part = ring.go_round(hop, (_pack(k_BTKH, v_BTKH, k_at), None))
+    out_BTNH, lse_BTN = local.saved(q_BTNH.dtype, *part)
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, q_at, k_at, out_BTNH, lse_BTN)
 
 
-def _backward(ring, kernel, mask, scale, softcap, saved, dout_BTNH):
-    q_BTNH, k_BTKH, v_BTKH, q_at, k_at, out_BTNH, lse_BTN = saved
+def _backward(ring, kernel, mask, scale, softcap, residuals, dout_BTNH):
+    q_BTNH, k_BTKH, v_BTKH, q_at, k_at, out_BTNH, lse_BTN = residuals
     delta_BTN = blocks.delta(out_BTNH, dout_BTNH)
     q_ends = blocks.ends_of_rows(q_at)
 

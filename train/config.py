@@ -38,7 +38,9 @@ class TrainConfig(Section):
         (r"embedding_VD", r"head_VD", r"attention\.[qkvo]_\w+", r"mlp\.\w+"),
         "parameters that decay: regular expressions on their names",
     )
-    no_decay: tuple[str, ...] = setting((r"\w*norm\.\w+", r"attention\.sink_N"), "parameters that do not")
+    no_decay: tuple[str, ...] = setting(
+        (r"\w*norm\.\w+", r"attention\.sink_N"), "parameters that do not"
+    )
     freeze: tuple[str, ...] = setting((), "parameters that stay as they are, decay or not")
 
     remat: Remat = setting("dots", "redo in the backward pass: nothing, all but products, all")

@@ -15,7 +15,8 @@ import numpy as np
 from core.config import UserError
 from core.sharding import Rules
 from model.attention import blocks, chunked, decode, gather, local, reference, ring, ulysses
-from model.attention.spec import AttentionSpec, Heads, Mask, Where
+from model.attention.blocks import Pair
+from model.attention.spec import AttentionSpec, Heads, Where
 
 log = logging.getLogger("cakrawala")
 
@@ -72,13 +73,11 @@ def attend_cached(
     that a ring buffer never loses a key that a token of the same chunk still sees.
     """
     _check_cached(spec, q_BTNH.shape[1])
-    block = KERNELS[_kernel(kernel)]
-    how = dict(scale=q_BTNH.shape[-1] ** -0.5, softcap=spec.softcap)
+    pair = Pair(KERNELS[_kernel(kernel)], spec.mask, q_BTNH.shape[-1] ** -0.5, spec.softcap)
 
     def merged(q_BTNH, k_BTKH, v_BTKH, heads, at, cache):
-        slope = dict(slope_N=heads.slope_N)
-        old = decode.forward(q_BTNH, cache, at, spec.mask, **how, **slope)
-        new = block.forward(q_BTNH, k_BTKH, v_BTKH, at, at, spec.mask, **how, **slope)
+        old = decode.forward(q_BTNH, cache, heads, at, pair)
+        new = pair.forward(q_BTNH, k_BTKH, v_BTKH, heads, at, at)
         return blocks.add_sink(blocks.merge(old, new), heads)[0].astype(q_BTNH.dtype)
 
     q_spec = rules("batch", None, "act_heads", None)
@@ -140,9 +139,8 @@ class Call(NamedTuple):
     num_kv_heads: int
 
     @property
-    def how(self) -> tuple[ModuleType, Mask, float, float]:
-        """The first arguments of every `attention`."""
-        return self.kernel, self.spec.mask, self.q_shape[-1] ** -0.5, self.spec.softcap
+    def pair(self) -> Pair:
+        return Pair(self.kernel, self.spec.mask, self.q_shape[-1] ** -0.5, self.spec.softcap)
 
 
 # attention(q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at) -> out_BTNH of the tokens of one device.
@@ -150,11 +148,11 @@ Attention = Callable[[jax.Array, jax.Array, jax.Array, Heads, Where, Where], jax
 
 
 def _local(call: Call) -> Attention:
-    return functools.partial(local.attention, *call.how)
+    return functools.partial(local.attention, call.pair)
 
 
 def _allgather(call: Call) -> Attention:
-    return functools.partial(gather.attention, call.rules.axes("length"), *call.how)
+    return functools.partial(gather.attention, call.rules.axes("length"), call.pair)
 
 
 def _ring(call: Call) -> Attention:
@@ -163,7 +161,7 @@ def _ring(call: Call) -> Attention:
     contiguous = rules.layout == "contiguous"
     hops = ring.hops(call.spec.mask, size, call.q_shape[1] // size, contiguous)
     places = ring.Ring(rules.axes("length"), size, rules.ulysses, hops)
-    inner = functools.partial(ring.attention, places, *call.how)
+    inner = functools.partial(ring.attention, places, call.pair)
     return inner if rules.ulysses == 1 else _exchange(call, rules.ulysses, inner)
 
 

@@ -4,6 +4,9 @@ meets(mask, ends(q_at_YPR), ends(k_at_YPR))           may a query of block y see
 out, lse = merge((out_a, lse_a), (out_b, lse_b))      attention over the keys of both parts
 """
 
+from types import ModuleType
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -68,6 +71,27 @@ def _is_behind(mask: Mask, q_low: jax.Array, k_high: jax.Array) -> jax.Array:
 
 
 Part = tuple[jax.Array, jax.Array]
+
+
+class Pair(NamedTuple):
+    """HOW: the forward and the backward of a kernel, for one kind of attention."""
+
+    kernel: ModuleType
+    mask: Mask
+    scale: float
+    softcap: float
+
+    def forward(self, q_BTNH, k_BSKH, v_BSKH, heads: Heads, q_at: Where, k_at: Where) -> Part:
+        """(out [B, T, N, H], lse [B, T, N]) float32 over these keys; no sink is among them."""
+        how = dict(scale=self.scale, softcap=self.softcap, slope_N=heads.slope_N)
+        return self.kernel.forward(q_BTNH, k_BSKH, v_BSKH, q_at, k_at, self.mask, **how)
+
+    def backward(
+        self, q_BTNH, k_BSKH, v_BSKH, heads: Heads, q_at: Where, k_at: Where, *done: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(dq, dk, dv) float32 of these keys' part; `done` is (dout, lse, delta) of all keys."""
+        how = dict(scale=self.scale, softcap=self.softcap, slope_N=heads.slope_N)
+        return self.kernel.backward(q_BTNH, k_BSKH, v_BSKH, q_at, k_at, self.mask, *done, **how)
 
 
 def merge(a: Part, b: Part) -> Part:

@@ -258,9 +258,7 @@ def _allowed(mask: Mask, q_at_PR: Where, k_at_PC: Where, keys_first: bool = Fals
     """The mask of a tile: [P, R, C], or [P, C, R]."""
     q_dim, k_dim = (1, 2) if keys_first else (2, 1)
     q_at, k_at = _expand(q_at_PR, q_dim), _expand(k_at_PC, k_dim)
-    return mask.allowed(
-        q_at.positions_BT, k_at.positions_BT, q_at.segments_BT, k_at.segments_BT
-    )
+    return mask.allowed(q_at.positions_BT, k_at.positions_BT, q_at.segments_BT, k_at.segments_BT)
 
 
 def _bias(

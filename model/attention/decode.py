@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from core.sharding import Rules
-from model.attention.spec import Mask, Where
+from model.attention.blocks import Pair
+from model.attention.spec import Heads, Where
 
 BLOCK = 512  # keys a step: scores of one query and 32 heads stay in cache
 
@@ -32,18 +33,15 @@ class Stored(NamedTuple):
 def forward(
     q_BTNH: jax.Array,
     cache: Stored,
+    heads: Heads,
     q_at: Where,
-    mask: Mask,
-    *,
-    scale: float,
-    softcap: float,
-    slope_N: jax.Array | None = None,
+    pair: Pair,
 ) -> tuple[jax.Array, jax.Array]:
     """(out [B, T, N, H] float32, lse [B, T, N] float32) over the stored keys alone."""
     B, T, N, H = q_BTNH.shape
     _, _, K, S, _ = cache.k_LBKSH.shape
     block = min(BLOCK, S)
-    q_BKGTH = jnp.moveaxis((q_BTNH * scale).reshape(B, T, K, N // K, H), 1, 3)
+    q_BKGTH = jnp.moveaxis((q_BTNH * pair.scale).reshape(B, T, K, N // K, H), 1, 3)
 
     def step(i, carry):
         out_BKGTH, max_BKGT, sum_BKGT = carry
@@ -54,14 +52,14 @@ def forward(
         s_BKGTC = jnp.einsum(
             "BKGTH,BKCH->BKGTC", q_BKGTH, k_BKCH, preferred_element_type=jnp.float32
         )
-        if softcap:
-            s_BKGTC = softcap * jnp.tanh(s_BKGTC / softcap)
-        if slope_N is not None:
+        if pair.softcap:
+            s_BKGTC = pair.softcap * jnp.tanh(s_BKGTC / pair.softcap)
+        if heads.slope_N is not None:
             ahead_BTC = at_BC[:, None, :] - q_at.positions_BT[:, :, None]
-            slope_KG11 = slope_N.reshape(K, N // K, 1, 1)
+            slope_KG11 = heads.slope_N.reshape(K, N // K, 1, 1)
             s_BKGTC = s_BKGTC + slope_KG11[None] * ahead_BTC[:, None, None]
         fresh_C = start + jnp.arange(block) >= i * block
-        seen_BTC = fresh_C[None, None, :] & mask.allowed(
+        seen_BTC = fresh_C[None, None, :] & pair.mask.allowed(
             q_at.positions_BT[:, :, None],
             at_BC[:, None, :],
             jnp.minimum(q_at.segments_BT, 1)[:, :, None],

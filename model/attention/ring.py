@@ -10,14 +10,13 @@ Memory is O(length / devices). Any number of shards and of heads will do.
 
 import functools
 import math
-from types import ModuleType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from model.attention import blocks, local
+from model.attention.blocks import Pair
 from model.attention.spec import Heads, Mask, Where
 
 
@@ -56,19 +55,16 @@ class Ring(NamedTuple):
 
 
 def hops(mask: Mask, size: int, tokens: int, contiguous: bool) -> int:
-    """Shards that a query may see: a short reach over shards of `tokens` in order ends the round."""
+    """Shards that a query may see: over shards of `tokens` in order a short reach ends early."""
     if contiguous and mask.reach:
         return min(size, 1 + math.ceil((mask.reach - 1) / tokens))
     return size
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attention(
     ring: Ring,
-    kernel: ModuleType,
-    mask: Mask,
-    scale: float,
-    softcap: float,
+    pair: Pair,
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
@@ -77,8 +73,7 @@ def attention(
     k_at: Where,
 ) -> jax.Array:
     """out [B, T, N, H] in q's dtype for the T queries of this shard, over all keys of the ring."""
-    qkv = q_BTNH, k_BTKH, v_BTKH
-    return _forward(ring, kernel, mask, scale, softcap, *qkv, heads, q_at, k_at)[0]
+    return _forward(ring, pair, q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at)[0]
 
 
 # K and V travel as one array. Where they stand travels with them, 8 bytes a token beside the 1000s
@@ -87,7 +82,7 @@ def _pack(k_BTKH: jax.Array, v_BTKH: jax.Array, k_at: Where) -> tuple[jax.Array,
     return jnp.stack((k_BTKH, v_BTKH)), jnp.stack(k_at)
 
 
-def _forward(ring, kernel, mask, scale, softcap, q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at):
+def _forward(ring, pair, q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at):
     q_ends = blocks.ends_of_rows(q_at)
 
     def hop(carry, *, first, last):
@@ -95,27 +90,22 @@ def _forward(ring, kernel, mask, scale, softcap, q_BTNH, k_BTKH, v_BTKH, heads, 
         there = None if last else ring.send((kv, at))  # under way while the kernel runs
 
         def see():
-            return kernel.forward(
-                q_BTNH, kv[0], kv[1], q_at, Where(*at), mask,
-                scale=scale, softcap=softcap, slope_N=heads.slope_N,
-            )  # fmt: skip
+            return pair.forward(q_BTNH, *kv, heads, q_at, Where(*at))
 
         if first:
             return there, see()
         return there, jax.lax.cond(
-            _in_reach(mask, q_ends, at), lambda p: blocks.merge(p, see()), lambda p: p, part
+            _in_reach(pair.mask, q_ends, at), lambda p: blocks.merge(p, see()), lambda p: p, part
         )
 
     _, part = ring.go_round(hop, (_pack(k_BTKH, v_BTKH, k_at), None))
-    out_BTNH, lse_BTN = blocks.add_sink(part, heads)
-    out_BTNH = out_BTNH.astype(q_BTNH.dtype)
-    out_BTNH, lse_BTN = (checkpoint_name(x, local.SAVED) for x in (out_BTNH, lse_BTN))
+    out_BTNH, lse_BTN = local.saved(q_BTNH.dtype, blocks.add_sink(part, heads))
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at, out_BTNH, lse_BTN)
 
 
-def _backward(ring, kernel, mask, scale, softcap, saved, dout_BTNH):
-    q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at, out_BTNH, lse_BTN = saved
-    delta_BTN = blocks.delta(out_BTNH, dout_BTNH)
+def _backward(ring, pair, residuals, dout_BTNH):
+    q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at, out_BTNH, lse_BTN = residuals
+    done = dout_BTNH, lse_BTN, blocks.delta(out_BTNH, dout_BTNH)
     q_ends = blocks.ends_of_rows(q_at)
 
     def hop(carry, *, first, last):
@@ -123,11 +113,8 @@ def _backward(ring, kernel, mask, scale, softcap, saved, dout_BTNH):
         there = None if last else ring.send((kv, at))
 
         def see():
-            dq_BTNH, dk_BTKH, dv_BTKH = kernel.backward(
-                q_BTNH, kv[0], kv[1], q_at, Where(*at), mask, dout_BTNH, lse_BTN, delta_BTN,
-                scale=scale, softcap=softcap, slope_N=heads.slope_N,
-            )  # fmt: skip
-            return dq_BTNH, jnp.stack((dk_BTKH, dv_BTKH))
+            dq_BTNH, *dkv = pair.backward(q_BTNH, *kv, heads, q_at, Where(*at), *done)
+            return dq_BTNH, jnp.stack(dkv)
 
         if first:
             return there, see()
@@ -142,13 +129,13 @@ def _backward(ring, kernel, mask, scale, softcap, saved, dout_BTNH):
         # dK and dV follow their keys one hop behind: they too are under way while the kernel
         # runs, so what it finds is added outside of it.
         dq_BTNH, dkv = gradients
-        dq_BTNH, here = jax.lax.cond(_in_reach(mask, q_ends, at), add, skip, dq_BTNH)
+        dq_BTNH, here = jax.lax.cond(_in_reach(pair.mask, q_ends, at), add, skip, dq_BTNH)
         return there, (dq_BTNH, ring.send(dkv) + here)
 
     _, (dq_BTNH, dkv) = ring.go_round(hop, (_pack(k_BTKH, v_BTKH, k_at), None))
     # Complete: rounded to the dtype of K before the way home, from wherever the round ended.
     dk_BTKH, dv_BTKH = ring.send(dkv.astype(k_BTKH.dtype), 1 - ring.hops)
-    dheads = blocks.sink_gradient(heads, lse_BTN, delta_BTN)
+    dheads = blocks.sink_gradient(heads, *done[1:])
     return dq_BTNH.astype(q_BTNH.dtype), dk_BTKH, dv_BTKH, dheads, None, None
 
 

@@ -56,7 +56,9 @@ class Mask:
         """Booleans of the broadcast shape of the four int32 arguments."""
         seen = (q_segments == k_segments) & (k_segments > 0)
         if self.limited:
-            seen = seen & (self._near(q_positions, k_positions) | self._far(q_positions, k_positions))
+            seen = seen & (
+                self._near(q_positions, k_positions) | self._far(q_positions, k_positions)
+            )
         if self.causal:
             past = k_positions <= q_positions
             seen = seen & (past | (k_positions < self.prefix) if self.prefix else past)

@@ -29,7 +29,8 @@ def attention(
     """out [B, T, N, H]: `inner` over the tokens of each of the `groups` of devices of `axes`."""
     how = dict(axis_name=axes, axis_index_groups=groups, tiled=True)
     degree = len(groups[0])
-    # Fewer kv heads than devices: one goes to each device that has query heads of its group.
+    # Fewer kv heads than devices: one goes to each device that has query heads of its group, and
+    # its gradient is rounded once for each of them.
     repeats = max(1, degree // k_BTKH.shape[2])
     k_BTKH, v_BTKH = (jnp.repeat(x, repeats, axis=2) for x in (k_BTKH, v_BTKH))
     q_BSNH, k_BSKH, v_BSKH = (

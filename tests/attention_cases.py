@@ -20,6 +20,14 @@ class Case:
     window: int = 0
     softcap: float = 0.0
     causal: bool = True
+    chunk: int = 0
+    block: int = 0
+    local: int = 0
+    stride: int = 0
+    sinks: int = 0
+    prefix: int = 0
+    sink_logit: bool = False
+    alibi: bool = False
     N: int = 4
     K: int = 2
 
@@ -114,6 +122,23 @@ CASES = (
     Case("cache"),
     Case("cache", window=30),
     Case("future", window=7),
+    Case("packed", causal=False),
+    Case("one", chunk=9),
+    Case("shuffled", chunk=9),
+    Case("one", window=5, sinks=3),
+    Case("shuffled", window=5, sinks=3, sink_logit=True),
+    Case("packed", chunk=4, sinks=2, sink_logit=True),
+    Case("one", block=3, local=2, stride=3),
+    Case("packed", block=3, local=2, stride=3),
+    Case("zigzag", block=3, local=1, sinks=6),
+    Case("shuffled", block=2, local=2, stride=4, sinks=2),
+    Case("cache", block=4, local=2, stride=3, sinks=4),
+    Case("cache", window=9, sinks=4, alibi=True),
+    Case("packed", prefix=11),
+    Case("shuffled", prefix=11),
+    Case("padded", alibi=True),
+    Case("zigzag", alibi=True, window=13, sink_logit=True),
+    Case("future", sink_logit=True),
 )
 
 
@@ -127,19 +152,39 @@ def inputs(case: Case) -> tuple[Tokens, tuple[np.ndarray, ...]]:
     return tokens, tuple(x.astype(np.float32) for x in arrays)
 
 
-def oracle(case: Case, tokens: Tokens, q, k, v) -> tuple[np.ndarray, np.ndarray]:
-    """(out [B, T, N, H], lse [B, T, N]) in float64, one query and one head at a time."""
+def heads(case: Case) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """(learned sinks [N], slopes of ALiBi [N]), None where the case has none."""
+    sinks = np.linspace(-1.0, 2.0, case.N, dtype=np.float32) if case.sink_logit else None
+    return sinks, 2.0 ** -np.arange(1, case.N + 1, dtype=np.float32) if case.alibi else None
+
+
+def oracle(
+    case: Case, tokens: Tokens, q, k, v, sinks: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(out [B, T, N, H], lse [B, T, N]) in float64, one query and one head at a time.
+
+    A learned sink is one more key with the value zero; `sinks` stand in for those of the case.
+    """
+    case_sinks, slopes = heads(case)
+    sinks = case_sinks if sinks is None else sinks
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     out, lse = np.zeros_like(q), np.full(q.shape[:3], -np.inf)
     for row, query in np.ndindex(q.shape[:2]):
         keys = [key for key in range(k.shape[1]) if sees(case, tokens, row, query, key)]
-        for head in range(case.N if keys else 0):
+        away = tokens.q_positions[row, query] - tokens.k_positions[row, keys]
+        for head in range(case.N if keys or case.sink_logit else 0):
             kv_head = head * case.K // case.N
             scores = k[row, keys, kv_head] @ q[row, query, head] / np.sqrt(H)
             if case.softcap:
                 scores = np.tanh(scores / case.softcap) * case.softcap
+            if case.alibi:
+                scores = scores - slopes[head].astype(np.float64) * away
+            values = v[row, keys, kv_head]
+            if case.sink_logit:
+                scores = np.append(scores, sinks[head])
+                values = np.concatenate([values, np.zeros_like(values, shape=(1, H))])
             weights = np.exp(scores - scores.max())
-            out[row, query, head] = weights @ v[row, keys, kv_head] / weights.sum()
+            out[row, query, head] = weights @ values / weights.sum()
             lse[row, query, head] = np.log(weights.sum()) + scores.max()
     return out, lse
 
@@ -148,7 +193,15 @@ def sees(case: Case, tokens: Tokens, row: int, query: int, key: int) -> bool:
     """Whether this query may look at this key."""
     if not 0 < tokens.q_segments[row, query] == tokens.k_segments[row, key]:
         return False
-    distance = int(tokens.q_positions[row, query]) - int(tokens.k_positions[row, key])
-    if case.causal and distance < 0:
+    q, k = int(tokens.q_positions[row, query]), int(tokens.k_positions[row, key])
+    if case.causal and k > q and k >= case.prefix:
         return False
-    return case.window == 0 or distance < case.window
+    if k < case.sinks:
+        return True
+    if case.chunk:
+        return q // case.chunk == k // case.chunk
+    if case.block:
+        blocks_back = q // case.block - k // case.block
+        on_stride = case.stride > 0 and blocks_back % case.stride == 0
+        return blocks_back < case.local or on_stride
+    return case.window == 0 or (q - k if case.causal else abs(q - k)) < case.window

@@ -1,5 +1,6 @@
 """Every kernel, strategy and cache against one float64 oracle, over tests/attention_cases.py."""
 
+import dataclasses
 import functools
 
 import attention_cases
@@ -13,7 +14,8 @@ from tolerances import assert_close
 
 from model.attention import blocks, chunked, decode, local, reference
 from model.attention.attend import KERNELS
-from model.attention.spec import Mask, Where
+from model.attention.blocks import Pair
+from model.attention.spec import Heads, Mask, Where
 
 BLOCK = 16
 IDS = [str(case) for case in CASES]
@@ -39,15 +41,15 @@ def query_and_key_places(tokens) -> tuple[Where, Where]:
 
 @functools.cache
 def compiled(kernel: str, mask: Mask, softcap: float):
-    """(out, lse) and (dq, dk, dv) of a kernel, through the pair of functions that it exports."""
-    how = dict(scale=attention_cases.H**-0.5, softcap=softcap)
+    """(out, lse) and (dq, dk, dv, dsink) of a kernel, through the pair that it exports."""
+    pair = Pair(KERNELS[kernel], mask, attention_cases.H**-0.5, softcap)
 
     @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
-    def run(q, k, v, dout, q_at, k_at):
-        out, lse = KERNELS[kernel].forward(q, k, v, q_at, k_at, mask, **how)
-        delta = blocks.delta(out, dout)
-        gradients = KERNELS[kernel].backward(q, k, v, q_at, k_at, mask, dout, lse, delta, **how)
-        return out, lse, gradients
+    def run(q, k, v, dout, q_at, k_at, heads):
+        out, lse = blocks.add_sink(pair.forward(q, k, v, heads, q_at, k_at), heads)
+        done = dout, lse, blocks.delta(out, dout)
+        gradients = pair.backward(q, k, v, heads, q_at, k_at, *done)
+        return out, lse, (*gradients, blocks.sink_gradient(heads, *done[1:]).sink_N)
 
     return run
 
@@ -55,8 +57,11 @@ def compiled(kernel: str, mask: Mask, softcap: float):
 def run(kernel: str, case: Case, dtype=jnp.float32):
     tokens, arrays = attention_cases.inputs(case)
     arrays = [jnp.asarray(x, dtype) for x in arrays]
-    mask = Mask(causal=case.causal, window=case.window)
-    results = compiled(kernel, mask, case.softcap)(*arrays, *query_and_key_places(tokens))
+    names = [field.name for field in dataclasses.fields(Mask)]
+    mask = Mask(**{name: getattr(case, name) for name in names})
+    heads = Heads(*attention_cases.heads(case))
+    places = query_and_key_places(tokens)
+    results = compiled(kernel, mask, case.softcap)(*arrays, *places, heads)
     rounded = [np.asarray(x, np.float32) for x in arrays]
     return tokens, rounded, results
 
@@ -74,14 +79,16 @@ def test_kernel_equals_the_oracle(kernel, case):
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_gradients_of_the_reference_equal_differences_of_the_oracle(case):
     tokens, (q, k, v, dout), (_, _, gradients) = run("reference", case)
-    for index, direction, slope in differences(case, tokens, (q, k, v), dout):
+    sinks, _ = attention_cases.heads(case)
+    arguments = (q, k, v) if sinks is None else (q, k, v, sinks.astype(np.float64))
+    for index, direction, slope in differences(case, tokens, arguments, dout):
         actual = np.vdot(np.asarray(gradients[index], np.float64), direction)
         # A token that sees itself alone (window 1) has dq = dk = 0, by cancellation.
-        assert_close(actual, slope, "difference", what="qkv"[index], at_least=np.abs(dout).sum())
+        assert_close(actual, slope, "difference", what="qkvs"[index], at_least=np.abs(dout).sum())
 
 
 def differences(case: Case, tokens, qkv, dout, step: float = 1e-5):
-    """For q, k and v: a direction of +1 and -1, and the slope of <dout, out> along it."""
+    """For q, k, v and sinks: a direction of +1 and -1, and the slope of <dout, out> along it."""
     for index, x in enumerate(qkv):
         direction = np.random.default_rng(index).choice([-1.0, 1.0], x.shape)
         values = []
@@ -96,8 +103,9 @@ def differences(case: Case, tokens, qkv, dout, step: float = 1e-5):
 def test_gradients_equal_those_of_the_reference(kernel, case):
     expected = run("reference", case)[2][2]
     actual = run(kernel, case)[2][2]
-    for name, a, b in zip(("dq", "dk", "dv"), actual, expected, strict=True):
-        assert_close(a, b, "attention", what=name, at_least=np.abs(expected[2]).max())
+    for name, a, b in zip(("dq", "dk", "dv", "dsink"), actual, expected, strict=True):
+        if b is not None:
+            assert_close(a, b, "attention", what=name, at_least=np.abs(expected[2]).max())
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -110,9 +118,9 @@ def test_bfloat16(kernel):
     assert_close(lse, expected_lse, "attention", "bfloat16", "lse")
     mask = Mask(window=case.window)
     exact = compiled("reference", mask, case.softcap)(
-        *map(jnp.asarray, (q, k, v, dout)), *query_and_key_places(tokens)
+        *map(jnp.asarray, (q, k, v, dout)), *query_and_key_places(tokens), Heads()
     )
-    for name, a, b in zip(("dq", "dk", "dv"), gradients, exact[2], strict=True):
+    for name, a, b in zip(("dq", "dk", "dv"), gradients[:3], exact[2][:3], strict=True):
         assert_close(a, b, "attention", "bfloat16", name)
 
 
@@ -145,26 +153,26 @@ def test_chunked_never_touches_tiles_out_of_reach():
     def is_finite(x, start, stop=end):
         return np.isfinite(x[:, start:stop]).all()
 
-    out, lse, _ = run_it(q, k, spoilt(v, 0, document), dout, at, at)
+    out, lse, _ = run_it(q, k, spoilt(v, 0, document), dout, at, at, Heads())
     assert is_finite(out, document), "tiles of another document are visited"
     assert not is_finite(out, 0, document)
-    out, lse, _ = run_it(q, k, spoilt(v, 0, 5 * BLOCK), dout, at, at)
+    out, lse, _ = run_it(q, k, spoilt(v, 0, 5 * BLOCK), dout, at, at, Heads())
     assert is_finite(out, 7 * BLOCK), "tiles behind the window are visited"
     assert is_finite(lse, 0)
     # A query passes gradients to its own block and two before; a key hears from two after.
-    _, _, (dq, dk, dv) = run_it(q, k, v, spoilt(dout, 8 * BLOCK, end), at, at)
+    _, _, (dq, dk, dv, _) = run_it(q, k, v, spoilt(dout, 8 * BLOCK, end), at, at, Heads())
     assert is_finite(dq, 0, 8 * BLOCK)
     assert not is_finite(dq, 8 * BLOCK)
     assert is_finite(dk, 0, 6 * BLOCK)
     assert is_finite(dv, 0, 6 * BLOCK)
-    _, _, (dq, dk, dv) = run_it(q, k, v, spoilt(dout, 4 * BLOCK, 5 * BLOCK), at, at)
+    _, _, (dq, dk, dv, _) = run_it(q, k, v, spoilt(dout, 4 * BLOCK, 5 * BLOCK), at, at, Heads())
     assert all(is_finite(x, 0, document) for x in (dq, dk, dv)), "another document is visited"
     assert is_finite(dk, 5 * BLOCK), "tiles of earlier queries are visited"
 
 
 def test_chunked_memory_grows_with_the_length_not_its_square():
     def loss(q, k, v, at):
-        return local.attention(chunked, Mask(), 1.0, 0.0, q, k, v, at, at).sum()
+        return local.attention(Pair(chunked, Mask(), 1.0, 0.0), q, k, v, Heads(), at, at).sum()
 
     def temporary_bytes(length):
         x = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
@@ -195,13 +203,13 @@ def test_cache_and_new_tokens_merge_to_attention_over_both(window, softcap):
     segments[1, 4:] = 0
     rows = np.arange(2)[:, None]
     stored = decode.Stored(*map(jnp.asarray, (*cached, at_BS, layer, seen.max())))
-    how = dict(scale=H**-0.5, softcap=softcap)
-    mask, at = Mask(window=window), where(positions, segments)
+    pair = Pair(reference, Mask(window=window), H**-0.5, softcap)
+    at = where(positions, segments)
 
     @jax.jit
     def run(q, k, v, stored, at):
-        old = decode.forward(q, stored, at, mask, **how)
-        return blocks.merge(old, reference.forward(q, k, v, at, at, mask, **how))
+        old = decode.forward(q, stored, Heads(), at, pair)
+        return blocks.merge(old, pair.forward(q, k, v, Heads(), at, at))
 
     out, lse = run(q, *kv[:, rows, positions], stored, at)
     # The oracle sees everything in the order of positions; it lacks what the ring has dropped.

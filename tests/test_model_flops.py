@@ -39,12 +39,27 @@ def test_matrix_parameters_are_those_of_the_model(one_device, mlp):
     assert flops.matrix_parameters(config) == sum(matrices.values())
 
 
-@pytest.mark.parametrize("window", [0, 1, 2, 5, 8, 20])
-def test_mean_keys_counts_what_the_mask_allows(window):
-    at = jnp.arange(8)
+@pytest.mark.parametrize(
+    "mask",
+    [
+        *(Mask(window=window) for window in (0, 1, 2, 5, 30, 50)),
+        Mask(causal=False),
+        Mask(chunk=7),
+        Mask(window=5, sinks=3),
+        Mask(chunk=4, sinks=6),
+        Mask(block=3, local=2),
+        Mask(block=3, local=2, stride=2, sinks=7),
+        Mask(block=2, local=1, stride=4, sinks=2),
+        Mask(prefix=9),
+        Mask(prefix=90),
+    ],
+    ids=str,
+)
+def test_mean_keys_counts_what_the_mask_allows(mask):
+    at = jnp.arange(30)
     ones = jnp.ones((1, 1), jnp.int32)
-    seen = Mask(window=window).allowed(at[:, None], at[None, :], ones, ones)
-    assert flops.mean_keys(window, 8) == pytest.approx(int(seen.sum()) / 8)
+    seen = mask.allowed(at[:, None], at[None, :], ones, ones)
+    assert flops.mean_keys(mask, 30) == pytest.approx(int(seen.sum()) / 30)
 
 
 def test_training_flops_by_hand():

@@ -214,7 +214,7 @@ def test_scan_equals_a_loop_over_layers(one_device):
 
     @jit
     def one_layer(block, x):
-        cos_sin = rope.table(positions, block.attention.spec.rope_base, CONFIG.head_dim)
+        cos_sin = rope.table(positions, *block.attention.spec.rope, CONFIG.head_dim)
         return block(x, Where(positions, segments), cos_sin, None)[0]
 
     x = model.embedding_VD[...][tokens]

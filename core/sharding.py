@@ -35,7 +35,7 @@ class MeshConfig(Section):
     ulysses: int = setting(
         1, "neighbours of seq that exchange heads, for a ring over the groups of them", low=1
     )
-    layout: Literal["auto"] | Layout = setting("auto", "order of the length over seq")
+    layout: Literal["auto", Layout] = setting("auto", "order of the length over seq")
 
     def check(self) -> None:
         sizes = self.data, self.seq, self.model

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import jax
 import numpy as np
@@ -48,6 +49,30 @@ def test_axis_sizes_that_do_not_divide(sizes):
 def test_mesh_config_refuses_nonsense(sizes, message):
     with pytest.raises(UserError, match=message):
         MeshConfig(data=sizes[0], seq=sizes[1], model=sizes[2])
+
+
+@pytest.mark.parametrize("name", ["auto", *get_args(sharding.Layout)])
+def test_every_layout_is_a_setting(name):
+    assert MeshConfig(layout=name).layout == name
+    with pytest.raises(UserError, match=r"layout='ring' is not one of 'auto', 'contiguous', 'zig"):
+        MeshConfig(layout="ring")
+
+
+def test_groups_that_exchange_heads_divide_a_ring():
+    assert axis_sizes(MeshConfig(data=1, seq=-1, strategy="ring", ulysses=4), 8) == (1, 8, 1)
+    with pytest.raises(UserError, match=r"mesh.ulysses=3 does not divide mesh.seq=8"):
+        axis_sizes(MeshConfig(data=1, seq=-1, strategy="ring", ulysses=3), 8)
+    with pytest.raises(UserError, match=r"ulysses=2 with strategy='auto'.*strategy='ring'"):
+        MeshConfig(ulysses=2)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ulysses", "parts"),
+    [("ring", 1, 8), ("ring", 4, 2), ("allgather", 1, 8), ("ulysses", 1, 1)],
+)
+def test_ring_size_counts_parts_of_the_length(strategy, ulysses, parts):
+    with jax.set_mesh(make_mesh((1, 8, 1))):
+        assert sharding.training(strategy, ulysses).ring_size() == parts
 
 
 def test_make_mesh_is_explicit_and_in_order():
@@ -96,7 +121,7 @@ def test_rules_turn_names_into_specs():
     assert rules() == PartitionSpec()
 
 
-@pytest.mark.parametrize("name", ["lenght", "strategy"])
+@pytest.mark.parametrize("name", ["lenght", *sharding.CHOICES])
 def test_unknown_logical_axis(name):
     with pytest.raises(
         ValueError, match=rf"'{name}' is no logical axis; they are act_embed, .*mlp"
@@ -111,7 +136,7 @@ def test_a_mesh_axis_is_used_once(names):
 
 
 def test_presets_name_mesh_axes_only():
-    presets = [sharding.training(), sharding.training("allgather"), sharding.decoding()]
+    presets = [sharding.training(), sharding.training("ring", 2, "zigzag"), sharding.decoding()]
     for rules in [*presets, sharding.whole()]:
         for field in dataclasses.fields(Rules):
             axes = getattr(rules, field.name)

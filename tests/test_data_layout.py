@@ -146,10 +146,11 @@ def test_auto_leaves_windows_in_order_and_says_so(ring, caplog):
 @pytest.mark.parametrize(
     "rules", [sharding.training(), sharding.training("ulysses"), sharding.training("ring", 8)]
 )
-def test_whole_rows_stay_in_order(rules):
+def test_whole_rows_stay_in_order(rules, caplog):
     sizes = (1, 1, 1) if rules.strategy == "auto" else (1, 8, 1)
-    with jax.set_mesh(make_mesh(sizes)):
+    with jax.set_mesh(make_mesh(sizes)), caplog.at_level(logging.INFO, "cakrawala"):
         assert layout.choose(Stream(packed(9, rows=1, length=96)), 96, rules, (0,)) == "contiguous"
+    assert not caplog.text, "there was nothing to choose"
 
 
 def test_the_loader_permutes_all_five_arrays_alike(tmp_path):

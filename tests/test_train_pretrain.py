@@ -201,6 +201,22 @@ def test_goes_on_on_another_mesh(tmp_path, monkeypatch, finished, sizes):
         assert found[step] == pytest.approx(expected[step], rel=1e-5), step
 
 
+def test_goes_on_around_a_ring_in_another_order(tmp_path, monkeypatch, finished):
+    workdir = cut_back(finished, tmp_path / "run", 8)
+    orders = []
+
+    def look(loop):
+        batches = next(loop.batches), loop.validation[0]
+        orders.extend(np.diff(batch.positions * (batch.segments == 1)) for batch in batches)
+
+    at_step(monkeypatch, TRAIN.steps, look)
+    mesh = dict(data=2, seq=2, model=2, strategy="ring", layout="zigzag")
+    pretrain.main(experiment(workdir, mesh=mesh))
+    for name in ("loss", "eval_loss"):
+        assert rows(workdir, name) == pytest.approx(rows(finished, name), rel=1e-4), name
+    assert all((steps > 1).any() for steps in orders), "the rows were not permuted"
+
+
 @pytest.mark.parametrize("spoil", ["truncate", "remove", "unseal"])
 def test_incomplete_newest_step(tmp_path, monkeypatch, capsys, finished, spoil):
     workdir = copy(finished, tmp_path / "run")

@@ -26,10 +26,10 @@ STEADY = dataclasses.replace(TRAIN, epsilon=1e-3, z_loss=1e-3)
 SHALLOW = dataclasses.replace(MODEL, num_layers=1, pattern=(full(),))
 
 
-def steps(sizes, config=STEADY, seeds=(0, 1), model=MODEL):
+def steps(sizes, config=STEADY, seeds=(0, 1), model=MODEL, **rules):
     """(metrics of each step, {name: array} of the state after them); batches have these seeds."""
     with jax.set_mesh(make_mesh(sizes)):
-        current, train_step, rules = train_cases.begin(config, model)
+        current, train_step, rules = train_cases.begin(config, model, **rules)
         found = []
         for seed in seeds:
             current, metrics = train_step(current, train_cases.batch(rules, seed=seed))
@@ -69,6 +69,11 @@ def test_the_step_moves_everything(plain):
 @pytest.mark.parametrize("sizes", MESHES[1:])
 def test_equal_on_every_mesh(plain, sizes):
     assert_same(steps(sizes), plain)
+
+
+def test_equal_in_another_order_around_a_ring_of_groups(plain):
+    rules = dict(strategy="ring", ulysses=2, layout="zigzag")
+    assert_same(steps((1, 4, 2), **rules), plain)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])

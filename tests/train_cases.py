@@ -20,6 +20,7 @@ import numpy as np
 from core import cli, sharding, tree
 from core.config import Experiment, to_json
 from core.sharding import MeshConfig
+from data import layout
 from data.batch import Batch
 from data.config import DataConfig
 from model import transformer
@@ -164,7 +165,7 @@ def finish(running: subprocess.Popen, seconds: float = 240) -> tuple[int, str]:
 
 
 def batch(rules: sharding.Rules, rows: int = 8, length: int = 32, seed: int = 0) -> Batch:
-    """Random tokens, two packed documents a row, some targets without weight."""
+    """Random tokens, two packed documents a row, some targets without weight; as rules order."""
     draw = np.random.default_rng(seed)
     tokens = draw.integers(0, MODEL.vocab_size, (rows, length + 1)).astype(np.int32)
     edge = length // 3
@@ -173,15 +174,16 @@ def batch(rules: sharding.Rules, rows: int = 8, length: int = 32, seed: int = 0)
     positions, segments = (np.tile(x, (rows, 1)) for x in (position, segment))
     weights = (draw.random((rows, length)) < 0.9).astype(np.float32)
     arrays = tokens[:, :-1], tokens[:, 1:], weights, positions, segments
-    return Batch(*(jax.device_put(x, rules("batch", "length")) for x in arrays))
+    order = layout.order(rules.layout, length, rules.ring_size())
+    return Batch(*(jax.device_put(x[:, order], rules("batch", "length")) for x in arrays))
 
 
-def begin(config: TrainConfig = TRAIN, model: ModelConfig = MODEL):
+def begin(config: TrainConfig = TRAIN, model: ModelConfig = MODEL, **rules):
     """(fresh state, train step, rules) on the mesh in use; the weights of one device everywhere.
 
     Drawing them compiles as long as a step does, and for each mesh anew: here it is done once.
     """
-    rules = sharding.training()
+    rules = sharding.training(**rules)
     abstract = transformer.abstract(model, rules)
     rule = optimizer.make(config, tree.named_leaves(abstract))
     place = {name: leaf.sharding.spec for name, leaf in tree.named_leaves(abstract).items()}

@@ -57,7 +57,7 @@ def test_matrix_parameters_are_those_of_the_model(one_device, mlp):
 )
 def test_mean_keys_counts_what_the_mask_allows(mask):
     at = jnp.arange(30)
-    ones = jnp.ones((1, 1), jnp.int32)
+    ones = jnp.ones((30, 30), jnp.int32)
     seen = mask.allowed(at[:, None], at[None, :], ones, ones)
     assert flops.mean_keys(mask, 30) == pytest.approx(int(seen.sum()) / 30)
 

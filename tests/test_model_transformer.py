@@ -15,7 +15,15 @@ from tolerances import assert_close
 from core import sharding, tree
 from core.config import UserError
 from model import cache, rope, transformer
-from model.attention.spec import AttentionSpec, Where, full, sliding
+from model.attention.spec import (
+    AttentionSpec,
+    Where,
+    block_sparse,
+    chunked,
+    full,
+    prefix,
+    sliding,
+)
 from model.config import ModelConfig
 from model.parameters import Maker
 
@@ -35,7 +43,23 @@ CONFIG = ModelConfig(
 )
 # One slot compiles in half the time, for what does not depend on the pattern.
 SMALL = dataclasses.replace(CONFIG, num_layers=2, pattern=(sliding(6, softcap=5.0),))
-WITH_ALL = dataclasses.replace(SMALL, norm="layer", qk_norm=True, tied_head=False)
+WITH_ALL = dataclasses.replace(
+    SMALL,
+    norm="layer",
+    qk_norm=True,
+    tied_head=False,
+    pattern=(sliding(6, sinks=2, sink_logit=True, alibi=True, rope_scale=2.0),),
+)
+KINDS = dataclasses.replace(
+    CONFIG,
+    num_layers=4,
+    pattern=(
+        sliding(4, sinks=2, sink_logit=True, alibi=True, rope_base=0.0),
+        chunked(5),
+        block_sparse(2, 2, stride=3, sinks=3),
+        prefix(6),
+    ),
+)
 B, T = 8, 16
 ONE = (1, 1, 1)
 
@@ -154,8 +178,12 @@ def test_packed_documents_are_as_alone(one_device):
 
 @pytest.mark.parametrize(
     ("config", "sizes", "sizes_kept"),
-    [(SMALL, (1, 2, 4), [6]), (CONFIG, (2, 2, 2), [4, 24, 4])],
-    ids=["more-shards-than-kv-heads", "rows-and-heads-sharded"],
+    [
+        (SMALL, (1, 2, 4), [6]),
+        (CONFIG, (2, 2, 2), [4, 24, 4]),
+        (KINDS, (1, 1, 2), [6, 5, 24, 24]),
+    ],
+    ids=["more-shards-than-kv-heads", "rows-and-heads-sharded", "every-kind"],
 )
 def test_prefill_and_decode_equal_the_full_forward(config, sizes, sizes_kept):
     """Chunks of 11, 1, 11 and 1: longer than the window, whose ring goes round."""

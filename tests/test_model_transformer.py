@@ -409,4 +409,4 @@ def test_a_step_lowers_for_a_mesh_that_is_not_there():
         run = jax.jit(jax.grad(functools.partial(loss, remat="full")))
         text = run.trace(model, args).lower(lowering_platforms=("tpu",)).as_text()
     assert '["data"=16, "seq"=4, "model"=4]' in text
-    assert "all_gather" in text
+    assert "collective_permute" in text

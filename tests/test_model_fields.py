@@ -1,0 +1,97 @@
+"""Every field of a model's config changes its program or its parameters."""
+
+import dataclasses
+import functools
+
+import jax
+import pytest
+from conftest import make_mesh
+from test_model_transformer import ONE, SMALL
+
+from core import sharding, tree
+from model import transformer
+from model.attention.spec import AttentionSpec, block_sparse, chunked, full, prefix, sliding
+from model.config import ModelConfig
+
+# Each field at another value that is valid, given the rest of SMALL.
+FLIPS = {
+    "vocab_size": 128,
+    "num_layers": 3,
+    "embed_dim": 32,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "head_dim": 4,
+    "mlp_dim": 64,
+    "pattern": (full(),),
+    "mlp": "plain",
+    "activation": "gelu",
+    "norm": "layer",
+    "norm_eps": 1e-3,
+    "qk_norm": True,
+    "tied_head": False,
+    "init_scale": 0.1,
+    "attention_kernel": "chunked",
+    "dtype": "bfloat16",
+    "param_dtype": "bfloat16",
+}
+# Promises about the model that no program reads.
+NOT_IN_THE_PROGRAM = {"context"}
+SPEC_FLIPS = {  # field: two specs that differ in it
+    "kind": (sliding(6), chunked(6)),
+    "window": (sliding(6), sliding(5)),
+    "chunk": (chunked(6), chunked(5)),
+    "block": (block_sparse(3, 2), block_sparse(4, 2)),
+    "local": (block_sparse(3, 2), block_sparse(3, 3)),
+    "stride": (block_sparse(3, 2), block_sparse(3, 2, stride=4)),
+    "prefix": (prefix(3), prefix(4)),
+    "sinks": (sliding(6), sliding(6, sinks=2)),
+    "sink_logit": (full(), full(sink_logit=True)),
+    "alibi": (full(), full(alibi=True)),
+    "rope_base": (full(), full(rope_base=0.0)),
+    "rope_scale": (full(), full(rope_scale=2.0)),
+    "softcap": (full(), full(softcap=5.0)),
+}
+
+
+@functools.cache
+def program(config: ModelConfig):
+    """The parameter tree, and the lowered text of initialisation and of a forward pass."""
+    with jax.set_mesh(make_mesh(ONE)):
+        model = transformer.abstract(config, sharding.training())
+        leaves = {n: (x.shape, x.dtype) for n, x in tree.named_leaves(model).items()}
+        make = functools.partial(transformer.Transformer, config, sharding.training())
+        args = place(sharding.training(), batch())
+        texts = (
+            jax.jit(make).lower(jax.random.key(0)).as_text(),
+            jax.jit(lambda m, *a: m.logits(m(*a)[0])).lower(model, *args).as_text(),
+        )
+        return leaves, texts
+
+
+def test_every_field_is_flipped():
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert set(FLIPS) | NOT_IN_THE_PROGRAM == names
+    assert not set(FLIPS) & NOT_IN_THE_PROGRAM
+    assert set(SPEC_FLIPS) == {field.name for field in dataclasses.fields(AttentionSpec)}
+    assert len(names) < 30
+
+
+def test_an_equal_config_gives_an_equal_program():
+    first = program(SMALL)
+    program.cache_clear()
+    assert program(dataclasses.replace(SMALL)) == first
+
+
+@pytest.mark.parametrize("name", FLIPS)
+def test_every_model_field_changes_the_program(name):
+    flipped = dataclasses.replace(SMALL, **{name: FLIPS[name]})
+    assert getattr(flipped, name) != getattr(SMALL, name)
+    assert program(flipped) != program(SMALL)
+
+
+@pytest.mark.parametrize("name", SPEC_FLIPS)
+def test_every_attention_field_changes_the_program(name):
+    one, other = SPEC_FLIPS[name]
+    assert getattr(one, name) != getattr(other, name)
+    one, other = (dataclasses.replace(SMALL, pattern=(spec,)) for spec in (one, other))
+    assert program(one) != program(other)

@@ -6,7 +6,7 @@ import functools
 import jax
 import pytest
 from conftest import make_mesh
-from test_model_transformer import ONE, SMALL
+from test_model_transformer import ONE, SMALL, batch, place
 
 from core import sharding, tree
 from model import transformer

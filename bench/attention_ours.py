@@ -21,8 +21,11 @@ def ours(window: int, at: Where, strategy: str, *qkv: jax.Array) -> jax.Array:
     return attend(*qkv, at, spec, kernel="chunked", rules=training(strategy))
 
 
-def theirs(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
-    return jax.nn.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, is_causal=True)
+def theirs(*qkv: jax.Array) -> jax.Array:
+    """On the one device of the mesh, whose axes it does not know."""
+    spec = training()("batch", "length", "act_heads", None)
+    attention = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+    return jax.shard_map(attention, in_specs=(spec,) * 3, out_specs=spec)(*qkv)
 
 
 @functools.cache

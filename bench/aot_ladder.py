@@ -27,14 +27,24 @@ CASES = [
 HEAD = """\
 # Llama 3 8B on slices that are not there
 
-Written by `make aot-ladder` (`bench/aot_ladder.py`); the figures are in `aot.json`. Each row is the
+Written by `make aot-ladder` (`bench/aot_ladder.py`); all figures are in `aot.json`. Each row is the
 train step of `configs/llama3_8b.py`, 1,048,576 tokens a step, compiled by libtpu on a machine
-without a TPU. Pattern: full attention in every layer, or three layers with a window of 4,096 to
-one with full attention.
+without a TPU. Pattern: `full` attention in every layer, or `sliding`, three layers with a window of
+4,096 to one with full attention.
 
-Nothing here was run. Memory is the compiler's; time at best is a lower bound (peak rates, and the
-collectives that the compiler does not overlap), so MFU at best is an upper bound. FLOPs are of the
-busiest device, rematerialisation included. MFU counts the keys that are seen, as MaxText does.
+Nothing here was run. How the figures come about:
+
+- Memory: the compiler's, of one device: arguments, temporaries, the program. The limit is what
+  libtpu leaves to a program. Where it refuses one, the bytes that it names.
+- PFLOP: of the busiest device, rematerialisation included. `cost_analysis()` of XLA counts the body
+  of a loop once (the same for 2 layers as for 4), so products are counted in the optimised HLO,
+  times the trips of their loops. How many tiles attention visits depends on the documents: it is
+  counted by formula for one document a row, on the shard of the length that sees most keys.
+- Seconds at best: a lower bound from peak rates; the largest of products, memory traffic and
+  overlapped collectives, then the collectives that the compiler does not overlap. Memory traffic is
+  counted as FLOPs are: what the instructions of each trip read from and write to HBM. XLA's own
+  `optimal_seconds` is no use here: -1 s for each operation that it cannot time.
+- MFU at best: useful FLOPs at that time, counting the keys that are seen as MaxText does.
 
 """
 COLUMNS = {
@@ -53,7 +63,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    """Fills what is missing, and writes the table again after each row."""
+    """Measures the rows that are missing, then writes the table."""
     done = json.loads(ROWS.read_text()) if ROWS.exists() else []
     for topology, lengths, variant in CASES:
         for name in lengths:
@@ -62,9 +72,9 @@ def main() -> None:
                 row = measure(topology, name, variant)
                 done.append(row)
                 write_text(ROWS, json.dumps(done, indent=1) + "\n")
-                write_text(TABLE, HEAD + table(done))
             if row["fits"]:
                 break
+    write_text(TABLE, HEAD + table(done))
 
 
 def find(rows: list[dict], topology: str, name: str, variant: str) -> dict | None:

@@ -7,7 +7,6 @@ The same step as train.pretrain runs, from shapes alone: no array is made. Needs
 """
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,6 @@ from train.aot_report import Report
 from train.attention_flops import busiest_device
 from train.config import AotConfig, TrainConfig
 from train.step import make_train_step
-
-log = logging.getLogger("cakrawala")
 
 ATTENTION = "/attention/shard_map/"  # in the op_name of all that an attention kernel does
 
@@ -83,9 +80,10 @@ def measure(
         temp_bytes=compiled.temp_bytes,
         compile_seconds=round(compiled.seconds, 2),
     )
-    return report if compiled.refused else dataclasses.replace(
-        report, **costs(experiment, hlo.count(compiled.text, ATTENTION), chip, devices)
-    )  # fmt: skip
+    if compiled.refused:
+        return report
+    program = hlo.count(compiled.text, ATTENTION)
+    return dataclasses.replace(report, **costs(experiment, program, chip, devices))
 
 
 def costs(

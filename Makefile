@@ -2,6 +2,7 @@
 # make quickstart   the whole life of a small model on this machine, offline
 # make test         the whole suite on 8 simulated devices     make test-slow   the long proofs
 # make lint         ruff                                       make bench       speed against peers
+# make aot-ladder   what an 8B model would need on TPU slices that are not there: docs/aot.md
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 CONFIG = --config=configs/quickstart.py
 
-.PHONY: setup quickstart test test-slow smoke lint bench clean
+.PHONY: setup quickstart test test-slow smoke lint bench aot-ladder clean
 
 setup: $(STAMP)
 
@@ -41,6 +42,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m bench.train
+
+aot-ladder: setup
+	$(BIN)/python -m bench.aot_ladder
 
 clean:
 	rm -rf $(VENV) runs

@@ -3,10 +3,13 @@
 pip install -e .            laptop, CPU
 pip install -e .[tpu]       Cloud TPU VM
 pip install -e .[gpu]       NVIDIA GPU
+pip install -e .[aot]       laptop that compiles for TPUs (python -m train.aot)
 """
 
 from setuptools import setup
 
+# The libtpu that this jaxlib can read the programs of; it compiles for TPUs without one.
+TPU_COMPILER = ["jax[tpu]"]
 PACKAGES = ["configs", "core", "data", "infer", "model", "model.attention", "train"]
 
 setup(
@@ -39,8 +42,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
-        "aot": ["libtpu"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6"],
+        "aot": TPU_COMPILER,
+        "test": ["pytest>=8", "pytest-xdist>=3.6", *TPU_COMPILER],
         "dev": ["ruff>=0.14"],
     },
 )

@@ -28,6 +28,22 @@ def prepare(simulate: int = 0) -> None:
         jax.config.update("jax_platforms", "cuda,cpu" if has_gpu() else "cpu")
 
 
+def compile_only() -> None:
+    """Lets libtpu compile for chips that are not there: JAX itself stays on the CPU.
+
+    Call it before the first array. Without these variables libtpu asks the network which TPU this
+    machine is, and a second process that loads it finds /tmp/libtpu_lockfile taken.
+    """
+    machine = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    os.environ.update(machine)
+    jax.config.update("jax_platforms", "cpu")
+
+
 def has_tpu() -> bool:
     """Whether this machine has TPU chips attached."""
     return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))

@@ -24,10 +24,23 @@ from core.config import Experiment, Section, UserError, freeze, unknown_field
 USAGE = "--config=FILE[:ARG] [--config.section.field=value ...]"
 
 
-def run(main: Callable[[Experiment], Any], doc: str, **classes: type[Section]) -> None:
+def start_backend(experiment: Experiment) -> None:
+    """The devices that the experiment asks for, with those of the other processes."""
+    backend.prepare(experiment.mesh.simulate if experiment.mesh else 0)
+    backend.join()
+
+
+def run(
+    main: Callable[[Experiment], Any],
+    doc: str,
+    *,
+    start: Callable[[Experiment], None] = start_backend,
+    **classes: type[Section],
+) -> None:
     """Parses sys.argv, calls `main(experiment)`, and turns user errors into exit status 2.
 
-    `classes` are the sections that the command needs; `doc` is what `--help` prints first.
+    `classes` are the sections that the command needs; `doc` is what `--help` prints first;
+    `start` readies the devices.
     """
     _log_to_stderr()
     if any(arg in ("-h", "--help") for arg in sys.argv[1:]):
@@ -35,8 +48,7 @@ def run(main: Callable[[Experiment], Any], doc: str, **classes: type[Section]) -
         return
     try:
         experiment = parse(sys.argv[1:], classes)
-        backend.prepare(experiment.mesh.simulate if experiment.mesh else 0)
-        backend.join()
+        start(experiment)
         main(experiment)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -65,6 +65,7 @@ class Experiment:
     model: Any = None
     mesh: Any = None
     train: Any = None
+    aot: Any = None
     decode: Any = None
     score: Any = None
     bench: Any = None

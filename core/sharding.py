@@ -10,6 +10,7 @@ Mesh axes are Explicit: a sharding mistake is an error on the line at fault, whi
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -68,18 +69,23 @@ def axis_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
     return sizes
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over all devices; several slices split `data` between them (hybrid ICI/DCN)."""
-    devices = jax.devices()
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices`, by default all; several slices split `data` (hybrid ICI/DCN)."""
+    devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(config, len(devices))
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # An axis of 64 over a 4x4x8 slice takes a part of one physical axis: let it.
     if num_slices == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
-    if sizes[0] % num_slices:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    elif sizes[0] % num_slices:
         raise UserError(f"mesh.data={sizes[0]} is not a multiple of the {num_slices} slices")
-    grid = mesh_utils.create_hybrid_device_mesh(
-        (sizes[0] // num_slices, *sizes[1:]), (num_slices, 1, 1), devices
-    )
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (sizes[0] // num_slices, *sizes[1:]),
+            (num_slices, 1, 1),
+            devices,
+            allow_split_physical_axes=True,
+        )
     return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 

@@ -88,17 +88,19 @@ def rows(workdir: Path, key: str = "loss") -> dict[int, float]:
     return {row["step"]: row[key] for row in found if key in row}
 
 
-def command(capsys, monkeypatch, experiment: Experiment) -> tuple[int, str]:
-    """(exit status, stderr) of `python -m train.pretrain`, in this process."""
+def command(
+    capsys, monkeypatch, experiment: Experiment, module=pretrain, sections=SECTIONS, **how
+) -> tuple[int, str]:
+    """(exit status, stderr) of `python -m train.pretrain`, or another module, in this process."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    config = config_file(experiment, Path(experiment.workdir).parent)
-    monkeypatch.setattr(sys, "argv", ["train.pretrain", f"--config={config}"])
+    config = config_file(experiment, Path(experiment.workdir).parent, sections)
+    monkeypatch.setattr(sys, "argv", [module.__name__, f"--config={config}"])
     log = logging.getLogger("cakrawala")
     before = log.level, log.propagate, list(log.handlers)
     capsys.readouterr()
     status = 0
     try:
-        cli.run(pretrain.main, pretrain.__doc__, **SECTIONS)
+        cli.run(module.main, module.__doc__, **how, **sections)
     except SystemExit as stop:
         # What the interpreter does with sys.exit("text").
         if isinstance(stop.code, str):
@@ -109,10 +111,10 @@ def command(capsys, monkeypatch, experiment: Experiment) -> tuple[int, str]:
     return status, capsys.readouterr().err
 
 
-def config_file(experiment: Experiment, folder: Path) -> Path:
+def config_file(experiment: Experiment, folder: Path, sections=SECTIONS) -> Path:
     """A config file that describes `experiment`."""
-    imports = "".join(f"from {cls.__module__} import {cls.__name__}\n" for cls in SECTIONS.values())
-    sections = ", ".join(f"{name}={cls.__name__}" for name, cls in SECTIONS.items())
+    imports = "".join(f"from {cls.__module__} import {cls.__name__}\n" for cls in sections.values())
+    sections = ", ".join(f"{name}={cls.__name__}" for name, cls in sections.items())
     path = folder / "config.py"
     path.write_text(
         f"from core.config import editable, from_json\n{imports}\n"

@@ -1,4 +1,4 @@
-"""`TrainConfig`: how long, how fast, and how often to look."""
+"""`TrainConfig`: how long, how fast, and how often to look. `AotConfig`: on which slice."""
 
 import dataclasses
 from typing import Literal
@@ -59,3 +59,12 @@ class TrainConfig(Section):
                 f"batch_size={self.batch_size} is not a multiple of "
                 f"accumulation={self.accumulation}"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class AotConfig(Section):
+    """Ahead-of-time compile of the train step, on a machine without the TPUs."""
+
+    topology: str = setting("v5e:2x2", "slice to compile for, as v5p:4x4x8; libtpu's names")
+    output: str = setting("", "JSON file of the report; empty writes none")
+    text: str = setting("", "file for the compiled program, optimised HLO; empty writes none")

@@ -1,0 +1,95 @@
+"""Compiling for TPUs that are not there: libtpu brings the compiler, and needs no chip.
+
+    devices = slice_devices("v5p:4x4x8")
+    with jax.set_mesh(make_mesh(config, devices)):
+        compiled = compile_for(step.trace(*abstract).lower(lowering_platforms=("tpu",)))
+
+Arguments are shapes with shardings: no array is ever made. Call `backend.compile_only()` first.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from core.config import UserError
+
+EXAMPLES = "v4:2x2x4, v5e:4x4, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4"
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# "... total memory required for HLO temporaries (18.00G) exceeds available HBM (15.75G)": it says
+# temporaries, and means arguments and results too. Older: "Used 18.20G of 15.75G hbm".
+NEEDED = re.compile(r"(?:temporaries \(|Used )([\d.]+)([KMGT]?)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler answered. Bytes are of one device; `text` is empty if it refused."""
+
+    argument_bytes: int
+    temp_bytes: int
+    hbm_bytes: int  # arguments, results that replace none of them, temporaries, the program
+    seconds: float
+    text: str  # optimised HLO
+    refused: bool
+
+
+def slice_devices(topology: str) -> Sequence[jax.Device]:
+    """The devices of a slice such as `v5e:2x2`; UserError if there is none of that name."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("aot needs the TPU compiler, which is not installed: pip install -e .[aot]")
+    mistake = UserError(
+        f"aot.topology={topology!r} is no slice that libtpu knows; some are {EXAMPLES}"
+    )
+    shape = re.fullmatch(r"\w+:(\d+(?:x\d+)*)", topology)
+    sizes = [int(size) for size in shape[1].split("x")] if shape else [0]
+    if 0 in sizes:  # libtpu divides by it
+        raise mistake
+    options = {"chips_per_host_bounds": [1, 1, 1]} if math.prod(sizes) == 1 else {}
+    try:
+        return topologies.get_topology_desc(topology, "tpu", **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
+        raise UserError(f"{mistake}\nlibtpu: {error}") from None
+
+
+def compile_for(lowered: jax.stages.Lowered) -> Compiled:
+    """Compiles; a program that the compiler refuses for its memory is an answer too."""
+    arguments = sum(_local_bytes(leaf) for leaf in jax.tree.leaves(lowered.in_avals))
+    began = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = NEEDED.search(str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
+            raise
+        total = round(float(needed[1]) * UNITS[needed[2]])
+        seconds = time.perf_counter() - began
+        return Compiled(arguments, max(0, total - arguments), total, seconds, "", True)
+    seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
+    total = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    return Compiled(
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        total,
+        seconds,
+        compiled.as_text(),
+        False,
+    )
+
+
+def _local_bytes(leaf: Any) -> int:
+    """Bytes of one device's part of an abstract argument."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -1,0 +1,138 @@
+"""Compiles the train step for a TPU slice that is not there: does it fit, and what does it cost?
+
+    python -m train.aot --config=configs/llama3_8b.py --config.aot.topology=v5p:4x4x8
+
+The same step as train.pretrain runs, from shapes alone: no array is made. Needs the TPU compiler
+(pip install -e .[aot]) and no TPU. Prints a table; aot.output names a file for it as JSON.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from core import aot, backend, cli, hardware, hlo, sharding, tree
+from core.checkpoint import write_text
+from core.config import Experiment
+from core.hardware import Chip
+from core.sharding import MeshConfig, make_mesh
+from data.batch import Batch
+from model import transformer
+from model.config import ModelConfig
+from train import aot_report, feed, optimizer, state
+from train.aot_report import Report
+from train.attention_flops import busiest_device
+from train.config import AotConfig, TrainConfig
+from train.step import make_train_step
+
+ATTENTION = "/attention/shard_map/"  # in the op_name of all that an attention kernel does
+
+
+def main(experiment: Experiment) -> Report:
+    """Compiles, prints the table and writes the files that `aot` names."""
+    config: AotConfig = experiment.aot
+    devices = aot.slice_devices(config.topology)
+    with jax.set_mesh(make_mesh(experiment.mesh, devices)):
+        compiled = aot.compile_for(lower(experiment))
+    report = measure(experiment, compiled, hardware.one_device(devices), len(devices))
+    aot_report.show(experiment, report)
+    if config.output:
+        aot_report.write(Path(config.output), report)
+    if config.text and compiled.text:
+        write_text(Path(config.text), compiled.text)
+    return report
+
+
+def lower(experiment: Experiment) -> jax.stages.Lowered:
+    """The train step on the mesh in use, lowered for TPUs, its state donated as in training."""
+    config, rules = experiment.train, sharding.training(experiment.mesh.strategy)
+    feed.check(config, rules)
+    names = tree.named_leaves(transformer.abstract(experiment.model, rules))
+    rule = optimizer.make(config, names)
+    step = make_train_step(config, rule, rules)
+    planned = state.abstract(experiment.model, rules, rule)
+    return step.trace(planned, batch(config, rules)).lower(lowering_platforms=("tpu",))
+
+
+def batch(config: TrainConfig, rules: sharding.Rules) -> Batch:
+    """A Batch of shapes, placed as the Feed places it."""
+    place = jax.NamedSharding(jax.sharding.get_mesh(), rules("batch", "length"))
+    shape = config.batch_size, config.length
+    integers = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+    return Batch(integers, integers, weights, integers, integers)
+
+
+def measure(
+    experiment: Experiment, compiled: aot.Compiled, chip: Chip | None, devices: int
+) -> Report:
+    """The report of what the compiler answered; costs are None where it refused."""
+    limit = chip.hbm_bytes if chip else None
+    report = Report(
+        topology=experiment.aot.topology,
+        devices=devices,
+        fits=not compiled.refused and (limit is None or compiled.hbm_bytes <= limit),
+        hbm_bytes_per_device=compiled.hbm_bytes,
+        hbm_limit_bytes=limit and int(limit),
+        argument_bytes=compiled.argument_bytes,
+        temp_bytes=compiled.temp_bytes,
+        compile_seconds=round(compiled.seconds, 2),
+    )
+    if compiled.refused:
+        return report
+    program = hlo.count(compiled.text, ATTENTION)
+    return dataclasses.replace(report, **costs(experiment, program, chip, devices))
+
+
+def costs(
+    experiment: Experiment, program: hlo.Program, chip: Chip | None, devices: int
+) -> dict[str, Any]:
+    """FLOPs, bytes, time and collectives of one step, on the device that has most to do.
+
+    Attention is counted by formula: how many tiles its loops visit depends on the documents. Its
+    bytes are those of one trip, times the trips that the formula's FLOPs make.
+    """
+    mesh = sharding.axis_sizes(experiment.mesh, devices)
+    attention = busiest_device(experiment.model, experiment.train, mesh)
+    trips = max(1.0, (attention - program.scope_flops) / max(program.loop_flops, 1.0))
+    flops = program.flops + attention
+    num_bytes = program.bytes + program.loop_bytes * (trips if program.loop_flops else 1)
+    seconds = chip and optimal_seconds(flops, num_bytes, program.collectives, chip)
+    return dict(
+        flops_per_device=flops,
+        bytes_per_device=num_bytes,
+        optimal_seconds=seconds,
+        estimated_mfu=chip and aot_report.mfu(experiment, seconds, chip, devices, "seen"),
+        estimated_mfu_dense=chip and aot_report.mfu(experiment, seconds, chip, devices, "dense"),
+        collectives=program.collectives,
+    )
+
+
+def optimal_seconds(
+    flops: float, num_bytes: float, collectives: tuple[hlo.Collective, ...], chip: Chip
+) -> float:
+    """A lower bound: products, memory and asynchronous collectives side by side, then the rest.
+
+    A device receives at half of `chip.links` at most. An all-reduce moves its bytes twice, as a
+    reduce-scatter and an all-gather would.
+    """
+    waits = {True: 0.0, False: 0.0}
+    for one in collectives:
+        moved = one.bytes * (2 if one.kind == "all-reduce" else 1)
+        waits[one.asynchronous] += moved / (chip.links / 2)
+    overlapped = max(flops / chip.flops, num_bytes / chip.hbm_bandwidth, waits[True])
+    return overlapped + waits[False]
+
+
+if __name__ == "__main__":
+    cli.run(
+        main,
+        __doc__,
+        start=lambda _: backend.compile_only(),
+        model=ModelConfig,
+        mesh=MeshConfig,
+        train=TrainConfig,
+        aot=AotConfig,
+    )

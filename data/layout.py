@@ -82,14 +82,18 @@ def balance(
     return float(seen / max(paid, 1))
 
 
-def choose(store: TokenStore, length: int, rules: Rules, windows: Sequence[int]) -> Layout:
-    """What mesh.layout=auto means: the best balance on rows of `store`, logged."""
-    shards = rules.ring_size()
+def sample(store: TokenStore, length: int) -> np.ndarray:
+    """Segments [B, T] of a few rows, taken evenly from the whole store."""
+    rows = np.linspace(0, max(0, len(store) // length - 1), SAMPLE).astype(int)
+    return np.stack([cut(store, row, length).segments for row in np.unique(rows)])
+
+
+def choose(segments_BT: np.ndarray, rules: Rules, windows: Sequence[int]) -> Layout:
+    """What mesh.layout=auto means: the best balance on rows with these segments, logged."""
+    shards, length = rules.ring_size(), segments_BT.shape[1]
     if shards == 1:
         return "contiguous"
     tile = tile_size(length // shards)
-    rows = np.linspace(0, max(0, len(store) // length - 1), SAMPLE).astype(int)
-    segments_BT = np.stack([cut(store, row, length).segments for row in np.unique(rows)])
     every_hop = rules.strategy != "allgather"
     found = {
         name: balance(segments_BT, order(name, length, shards), shards, tile, windows, every_hop)

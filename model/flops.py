@@ -27,10 +27,10 @@ def matrix_parameters(config: ModelConfig) -> int:
     return config.num_layers * (attention + mlp) + config.vocab_size * D
 
 
-def mean_keys(mask: Mask, length: int) -> float:
-    """Keys that a token of a document of `length` sees on average."""
+def keys_seen(mask: Mask, length: int) -> np.ndarray:
+    """Keys that each token of a document of `length` sees, int [length]."""
     if not mask.causal:
-        return float(length)
+        return np.full(length, length)
     q = np.arange(length)
     near = q + 1
     if mask.window:
@@ -47,13 +47,13 @@ def mean_keys(mask: Mask, length: int) -> float:
             back = block - first // mask.block
             both = (back >= mask.local) & (back % mask.stride == 0)
             far -= both * min(mask.block, mask.sinks - first)
-    return float(np.maximum(near + far, min(mask.prefix, length)).mean())
+    return np.maximum(near + far, min(mask.prefix, length))
 
 
 def training_flops_per_token(config: ModelConfig, length: int, convention: Convention) -> float:
     """FLOPs of forward and backward for one token of rows of `length`, rematerialising nothing."""
     keys = sum(
-        layers * (length if convention == "dense" else mean_keys(spec.mask, length))
+        layers * (length if convention == "dense" else keys_seen(spec.mask, length).mean())
         for slots, layers in config.stages
         for spec in slots
     )

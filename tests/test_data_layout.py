@@ -128,7 +128,7 @@ def ring(monkeypatch):
     ids=["one document", "S/8", "S/64"],
 )
 def test_auto_picks_a_balanced_layout(ring, segments, least, contiguous):
-    name = layout.choose(Stream(segments), LENGTH, ring, windows=(0,))
+    name = layout.choose(layout.sample(Stream(segments), LENGTH), ring, windows=(0,))
     found = {n: layout.balance(segments, layout.order(n, LENGTH, SHARDS), SHARDS) for n in LAYOUTS}
     assert found[name] >= least, found
     assert found["contiguous"] <= contiguous, found
@@ -138,7 +138,7 @@ def test_auto_leaves_windows_in_order_and_says_so(ring, caplog):
     """Halos of a short window cost the same everywhere: nothing is won by an exchange."""
     with caplog.at_level(logging.INFO, "cakrawala"):
         stream = Stream(np.ones((2, LENGTH), int))
-        assert layout.choose(stream, LENGTH, ring, windows=(1024,)) == "contiguous"
+        assert layout.choose(layout.sample(stream, LENGTH), ring, windows=(1024,)) == "contiguous"
     assert "mesh.layout=auto: contiguous; balance over 8 shards" in caplog.text
     assert "tiles of 128 tokens" in caplog.text
 
@@ -149,7 +149,7 @@ def test_auto_leaves_windows_in_order_and_says_so(ring, caplog):
 def test_whole_rows_stay_in_order(rules, caplog):
     sizes = (1, 1, 1) if rules.strategy == "auto" else (1, 8, 1)
     with jax.set_mesh(make_mesh(sizes)), caplog.at_level(logging.INFO, "cakrawala"):
-        assert layout.choose(Stream(packed(9, rows=1, length=96)), 96, rules, (0,)) == "contiguous"
+        assert layout.choose(packed(9, rows=1, length=96), rules, (0,)) == "contiguous"
     assert not caplog.text, "there was nothing to choose"
 
 

@@ -12,19 +12,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from core import aot, backend, cli, hardware, hlo, sharding, tree
 from core.checkpoint import write_text
 from core.config import Experiment
 from core.hardware import Chip
-from core.sharding import MeshConfig, make_mesh
+from core.sharding import MeshConfig, Rules, make_mesh
+from data import layout
 from data.batch import Batch
 from model import transformer
 from model.config import ModelConfig
-from train import aot_report, feed, optimizer, state
+from train import aot_report, optimizer, state
 from train.aot_report import Report
 from train.attention_flops import busiest_device
 from train.config import AotConfig, TrainConfig
+from train.run import choose_rules
 from train.step import make_train_step
 
 ATTENTION = "/attention/shard_map/"  # in the op_name of all that an attention kernel does
@@ -35,8 +38,12 @@ def main(experiment: Experiment) -> Report:
     config: AotConfig = experiment.aot
     devices = aot.slice_devices(config.topology)
     with jax.set_mesh(make_mesh(experiment.mesh, devices)):
-        compiled = aot.compile_for(lower(experiment))
-    report = measure(experiment, compiled, hardware.one_device(devices), len(devices))
+        one_document = np.ones((1, experiment.train.length), np.int32)
+        rules = choose_rules(experiment, lambda: one_document)
+        compiled = aot.compile_for(lower(experiment, rules))
+        order = layout.order(rules.layout, experiment.train.length, rules.ring_size())
+    chip = hardware.one_device(devices)
+    report = measure(experiment, compiled, chip, len(devices), order)
     aot_report.show(experiment, report)
     if config.output:
         aot_report.write(Path(config.output), report)
@@ -45,10 +52,9 @@ def main(experiment: Experiment) -> Report:
     return report
 
 
-def lower(experiment: Experiment) -> jax.stages.Lowered:
+def lower(experiment: Experiment, rules: Rules) -> jax.stages.Lowered:
     """The train step on the mesh in use, lowered for TPUs, its state donated as in training."""
-    config, rules = experiment.train, sharding.training(experiment.mesh.strategy)
-    feed.check(config, rules)
+    config = experiment.train
     names = tree.named_leaves(transformer.abstract(experiment.model, rules))
     rule = optimizer.make(config, names)
     step = make_train_step(config, rule, rules)
@@ -56,7 +62,7 @@ def lower(experiment: Experiment) -> jax.stages.Lowered:
     return step.trace(planned, batch(config, rules)).lower(lowering_platforms=("tpu",))
 
 
-def batch(config: TrainConfig, rules: sharding.Rules) -> Batch:
+def batch(config: TrainConfig, rules: Rules) -> Batch:
     """A Batch of shapes, placed as the Feed places it."""
     place = jax.NamedSharding(jax.sharding.get_mesh(), rules("batch", "length"))
     shape = config.batch_size, config.length
@@ -66,7 +72,11 @@ def batch(config: TrainConfig, rules: sharding.Rules) -> Batch:
 
 
 def measure(
-    experiment: Experiment, compiled: aot.Compiled, chip: Chip | None, devices: int
+    experiment: Experiment,
+    compiled: aot.Compiled,
+    chip: Chip | None,
+    devices: int,
+    order: np.ndarray,
 ) -> Report:
     """The report of what the compiler answered; costs are None where it refused."""
     limit = chip.hbm_bytes if chip else None
@@ -83,11 +93,15 @@ def measure(
     if compiled.refused:
         return report
     program = hlo.count(compiled.text, ATTENTION)
-    return dataclasses.replace(report, **costs(experiment, program, chip, devices))
+    return dataclasses.replace(report, **costs(experiment, program, chip, devices, order))
 
 
 def costs(
-    experiment: Experiment, program: hlo.Program, chip: Chip | None, devices: int
+    experiment: Experiment,
+    program: hlo.Program,
+    chip: Chip | None,
+    devices: int,
+    order: np.ndarray,
 ) -> dict[str, Any]:
     """FLOPs, bytes, time and collectives of one step, on the device that has most to do.
 
@@ -95,7 +109,7 @@ def costs(
     bytes are those of one trip, times the trips that the formula's FLOPs make.
     """
     mesh = sharding.axis_sizes(experiment.mesh, devices)
-    attention = busiest_device(experiment.model, experiment.train, mesh)
+    attention = busiest_device(experiment.model, experiment.train, mesh, order)
     trips = max(1.0, (attention - program.scope_flops) / max(program.loop_flops, 1.0))
     flops = program.flops + attention
     num_bytes = program.bytes + program.loop_bytes * (trips if program.loop_flops else 1)

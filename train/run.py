@@ -5,11 +5,13 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
@@ -48,7 +50,7 @@ def start(experiment: Experiment, store: TokenStore) -> Run:
     config, workdir = experiment.train, Path(experiment.workdir)
     if not os.access(workdir, os.W_OK):  # the data is there, so the workdir is
         raise UserError(f"workdir={workdir} cannot be written: name another, or make it writable")
-    rules = choose_rules(experiment, store)
+    rules = choose_rules(experiment, lambda: layout.sample(store, config.length))
     abstract = transformer.abstract(experiment.model, rules)
     rule = optimizer.make(config, tree.named_leaves(abstract))
     if store.manifest["vocab_size"] > experiment.model.vocab_size:
@@ -82,15 +84,18 @@ def start(experiment: Experiment, store: TokenStore) -> Run:
     return Run(bundle, rule, rules, resumed, items["data"])
 
 
-def choose_rules(experiment: Experiment, store: TokenStore) -> Rules:
-    """What the mesh section asks for; UserError if rows do not divide over the mesh in use."""
+def choose_rules(experiment: Experiment, segments: Callable[[], np.ndarray]) -> Rules:
+    """What the mesh section asks for; UserError if rows do not divide over the mesh in use.
+
+    `segments()` gives rows [B, T] like those to come, by which mesh.layout=auto is chosen.
+    """
     mesh, config = experiment.mesh, experiment.train
     rules = sharding.training(mesh.strategy, mesh.ulysses)
     feed.check(config, rules)
     chosen = mesh.layout
     if chosen == "auto":
         windows = [spec.mask.reach for spec in experiment.model.pattern]
-        chosen = layout.choose(store, config.length, rules, windows)
+        chosen = layout.choose(segments(), rules, windows)
     return dataclasses.replace(rules, layout=chosen)
 
 

@@ -17,7 +17,8 @@ class Chip:
     flops: float  # dense bfloat16 FLOP/s
     hbm_bytes: float
     hbm_bandwidth: float  # bytes/s
-    links: float  # bytes/s to other chips, both directions together; ICI or NVLink
+    links: float  # bytes/s to other chips, both directions of all ports; ICI or NVLink
+    ports: int  # to neighbours in the torus; a switch is one
     devices: int = 1
 
 
@@ -25,14 +26,14 @@ GIB = 2**30
 # TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, tables of key specifications.
 # NVIDIA: data sheets of the SXM modules, without sparsity.
 CHIPS = {
-    "TPU v4": Chip(275e12, 30.5 * GIB, 1228e9, 600e9),
-    "TPU v5 lite": Chip(197e12, 15.75 * GIB, 819e9, 400e9),
-    "TPU v5": Chip(459e12, 95.74 * GIB, 2765e9, 1200e9),
-    "TPU v6 lite": Chip(918e12, 31.25 * GIB, 1640e9, 800e9),
-    "TPU7x": Chip(2307e12, 189.5 * GIB, 7380e9, 1200e9, devices=2),
-    "NVIDIA A100": Chip(312e12, 80e9, 2039e9, 600e9),
-    "NVIDIA H100": Chip(989e12, 80e9, 3350e9, 900e9),
-    "NVIDIA H200": Chip(989e12, 141e9, 4800e9, 900e9),
+    "TPU v4": Chip(275e12, 30.5 * GIB, 1228e9, 600e9, 6),
+    "TPU v5 lite": Chip(197e12, 15.75 * GIB, 819e9, 400e9, 4),
+    "TPU v5": Chip(459e12, 95.74 * GIB, 2765e9, 1200e9, 6),
+    "TPU v6 lite": Chip(918e12, 31.25 * GIB, 1640e9, 800e9, 4),
+    "TPU7x": Chip(2307e12, 189.5 * GIB, 7380e9, 1200e9, 6, devices=2),
+    "NVIDIA A100": Chip(312e12, 80e9, 2039e9, 600e9, 1),
+    "NVIDIA H100": Chip(989e12, 80e9, 3350e9, 900e9, 1),
+    "NVIDIA H200": Chip(989e12, 141e9, 4800e9, 900e9, 1),
 }
 
 
@@ -58,4 +59,4 @@ def one_device(devices: Sequence[jax.Device]) -> Chip | None:
         return None
     parts = max(device.core_on_chip for device in devices) + 1
     rates = (found.flops, found.hbm_bytes, found.hbm_bandwidth, found.links)
-    return Chip(*(rate / parts for rate in rates))
+    return Chip(*(rate / parts for rate in rates), found.ports)

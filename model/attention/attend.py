@@ -12,11 +12,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from core import hardware
 from core.config import UserError
 from core.sharding import Rules
-from model.attention import blocks, chunked, decode, gather, local, reference, ring, ulysses
+from model.attention import blocks, chunked, cost, decode, gather, local, reference, ring, ulysses
 from model.attention.blocks import Pair
 from model.attention.spec import AttentionSpec, Heads, Where
+from model.flops import keys_seen
 
 log = logging.getLogger("cakrawala")
 
@@ -38,8 +40,10 @@ def attend(
 
     Arguments are sharded by `rules`; N is a multiple of K, and both divide over act_heads.
     """
-    call = Call(KERNELS[_kernel(kernel)], spec, rules, q_BTNH.shape, k_BTKH.shape[2])
-    attention = STRATEGIES[_strategy(rules)](call)
+    call = Call(
+        KERNELS[_kernel(kernel)], spec, rules, q_BTNH.shape, k_BTKH.shape[2], q_BTNH.dtype.itemsize
+    )
+    attention = STRATEGIES[_strategy(call)](call)
     q_spec = rules("batch", "length", "act_heads", None)
     kv_spec = rules("batch", "length", "act_kv_heads", None)
     at_spec = Where(rules("batch", "length"), rules("batch", "length"))
@@ -114,18 +118,30 @@ def _kernel(name: str) -> str:
     return name
 
 
-def _strategy(rules: Rules) -> str:
-    shards = rules.size("length")
-    choice = "ring" if rules.strategy == "auto" else rules.strategy
+def _strategy(call: "Call") -> str:
+    shards, choice = call.rules.size("length"), call.rules.strategy
     if shards == 1:
         return "local"  # whole rows: every strategy is this one
-    if rules.strategy == "auto":
-        _log_once(f"mesh.strategy=auto: {choice}, the length has {shards} shards")
+    if choice == "auto":
+        return _choose(call, shards)
     if choice == "local":
         raise NotImplementedError(
             f"mesh.strategy='local' needs whole rows, but the length has {shards} shards: "
             "use 'ring', 'allgather' or 'ulysses', or mesh.seq=1"
         )
+    return choice
+
+
+def _choose(call: "Call", shards: int) -> str:
+    """What strategy=auto means for this layer, logged; the ring where the chip is not known."""
+    kind = jax.sharding.get_abstract_mesh().abstract_device.device_kind
+    chip = hardware.chip(kind)
+    found = cost.seconds(call.work(), chip) if chip else {"ring": 0.0}
+    choice = min(found, key=found.get)
+    reason = cost.explain(found) if chip else f"no figures of {kind!r} to compare by"
+    _log_once(
+        f"mesh.strategy=auto: {choice} for kind={call.spec.kind!r} over {shards} shards; {reason}"
+    )
     return choice
 
 
@@ -137,10 +153,36 @@ class Call(NamedTuple):
     rules: Rules
     q_shape: tuple[int, int, int, int]
     num_kv_heads: int
+    itemsize: int
 
     @property
     def pair(self) -> Pair:
         return Pair(self.kernel, self.spec.mask, self.q_shape[-1] ** -0.5, self.spec.softcap)
+
+    @property
+    def hops(self) -> int:
+        size = self.rules.ring_size()
+        contiguous = self.rules.layout == "contiguous"
+        return ring.hops(self.spec.mask, size, self.q_shape[1] // size, contiguous)
+
+    def work(self) -> cost.Work:
+        """One device's part, for the cost model; documents are taken to fill their rows."""
+        rules, (B, T, N, H) = self.rules, self.q_shape
+        shards = rules.size("length")
+        rows, tokens = B // rules.size("batch"), T // shards
+        return cost.Work(
+            rows,
+            tokens,
+            shards,
+            N // rules.size("act_heads"),
+            self.num_kv_heads // rules.size("act_kv_heads"),
+            H,
+            self.itemsize,
+            rows * tokens * float(keys_seen(self.spec.mask, T).mean()),
+            self.hops,
+            rules.layout == "contiguous",
+            not self.spec.mask.reach,
+        )
 
 
 # attention(q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at) -> out_BTNH of the tokens of one device.
@@ -158,9 +200,7 @@ def _allgather(call: Call) -> Attention:
 def _ring(call: Call) -> Attention:
     rules = call.rules
     size = rules.ring_size()
-    contiguous = rules.layout == "contiguous"
-    hops = ring.hops(call.spec.mask, size, call.q_shape[1] // size, contiguous)
-    places = ring.Ring(rules.axes("length"), size, rules.ulysses, hops)
+    places = ring.Ring(rules.axes("length"), size, rules.ulysses, call.hops)
     inner = functools.partial(ring.attention, places, call.pair)
     return inner if rules.ulysses == 1 else _exchange(call, rules.ulysses, inner)
 

@@ -25,27 +25,27 @@ def get_config(arg: str = "") -> ConfigDict:
     config = editable(
         Experiment(
             name="quickstart",
-            data=DataConfig(source="stdlib", vocab_size=4096, validation_fraction=0.02),
+            data=DataConfig(source="stdlib", vocab_size=4096),
             model=ModelConfig(
                 vocab_size=4096,
                 context=16384,
                 num_layers=4,
-                embed_dim=256,
-                num_heads=4,
-                num_kv_heads=2,
+                embed_dim=128,
+                num_heads=2,
+                num_kv_heads=1,
                 head_dim=64,
-                mlp_dim=704,
+                mlp_dim=352,
                 pattern=(sliding(128), sliding(128), sliding(128), full(rope_base=100_000.0)),
                 dtype="float32",  # CPUs multiply it faster than bfloat16
             ),
             mesh=MeshConfig(),
             train=TrainConfig(
-                steps=600,
+                steps=1400,
                 batch_size=4,
                 length=512,
-                learning_rate=4e-3,
-                eval_every=300,
-                save_every=150,
+                learning_rate=6e-3,
+                eval_every=700,
+                save_every=350,
             ),
             decode=DecodeConfig(
                 prompt="def read_lines(path):\n", max_tokens=160, temperature=0.7, top_p=0.95

@@ -87,7 +87,7 @@ def measure(
         hbm_bytes_per_device=compiled.hbm_bytes,
         hbm_limit_bytes=limit and int(limit),
         argument_bytes=compiled.argument_bytes,
-        temp_bytes=compiled.temp_bytes,
+        temp_bytes=compiled.hbm_bytes - compiled.argument_bytes,
         compile_seconds=round(compiled.seconds, 2),
     )
     if compiled.refused:

@@ -25,7 +25,10 @@ Bytes of a collective: its larger side, of all its executions in a step."""
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One compiled step. Bytes and FLOPs are of one device; None is not known."""
+    """One compiled step. Bytes and FLOPs are of one device; None is not known.
+
+    `hbm_bytes_per_device` is the peak, and `temp_bytes` what it has beyond the arguments.
+    """
 
     topology: str
     devices: int

@@ -22,10 +22,12 @@ from model.cache import KVCache
 from model.config import ModelConfig
 from model.parameters import Maker
 
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "attention", "full"]
 
 REMAT_POLICIES = {
-    # Products with weights and attention are kept; norms and activations are cheap to redo.
+    # What attention costs grows with the length: its output is always worth its memory.
+    "attention": jax.checkpoint_policies.save_only_these_names(local.SAVED),
+    # Products with weights are kept too; norms and activations are cheap to redo.
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(local.SAVED),

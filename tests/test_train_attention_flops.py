@@ -12,7 +12,7 @@ from train.attention_flops import busiest_device
 
 @pytest.mark.parametrize("spec", [full(), sliding(8)], ids=lambda s: s.kind)
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 4, 2)], ids=str)
-@pytest.mark.parametrize(("remat", "passes"), [("none", 14), ("dots", 14), ("full", 18)])
+@pytest.mark.parametrize(("remat", "passes"), [("none", 14), ("attention", 14), ("full", 18)])
 def test_pairs_of_the_last_shard(spec, mesh, remat, passes):
     model = dataclasses.replace(train_cases.MODEL, pattern=(spec,), attention_kernel="auto")
     train = dataclasses.replace(train_cases.TRAIN, remat=remat)

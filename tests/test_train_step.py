@@ -81,7 +81,7 @@ def test_accumulation_changes_nothing(plain, sizes):
     assert_same(steps(sizes, dataclasses.replace(STEADY, accumulation=4)), plain)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "attention", "full"])
 def test_remat_changes_nothing(plain, remat):
     assert_same(steps((1, 1, 1), dataclasses.replace(STEADY, remat=remat)), plain)
 

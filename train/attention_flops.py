@@ -16,7 +16,7 @@ def busiest_device(
 
     `order` is that of the tokens over the shards of the length (data/layout.py): in their own
     order the last shard has twice the mean of a causal row. remat="full" computes the forward
-    pass again; "dots" keeps its output.
+    pass again; the others keep its output.
     """
     data, seq, heads = mesh
     pairs = sum(

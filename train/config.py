@@ -43,7 +43,9 @@ class TrainConfig(Section):
     )
     freeze: tuple[str, ...] = setting((), "parameters that stay as they are, decay or not")
 
-    remat: Remat = setting("dots", "redo in the backward pass: nothing, all but products, all")
+    remat: Remat = setting(
+        "attention", "redo in the backward pass: none, all but dots, all but attention, or full"
+    )
     log_every: int = setting(10, "steps between rows of metrics.jsonl", low=1)
     eval_every: int = setting(0, "steps between evaluations; 0 is at the end only", low=0)
     eval_batches: int = setting(0, "batches an evaluation; 0 is the whole split", low=0)

@@ -26,6 +26,10 @@ class UserError(ValueError):
     """A mistake of the user: entry points print the message alone and exit with 2."""
 
 
+class Unsupported(UserError, NotImplementedError):
+    """A combination of choices that cannot work; the message says what would."""
+
+
 def setting(
     default: Any = dataclasses.MISSING,
     doc: str = "",

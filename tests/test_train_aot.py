@@ -64,9 +64,10 @@ def test_report_of_a_sharded_step(tmp_path, capsys, monkeypatch):
     text = tmp_path / "step.txt"
     mesh = dict(data=1, seq=2, model=2)
     case = experiment(tmp_path, dict(topology="v5e:2x2", text=str(text)), mesh)
-    arrays = len(jax.live_arrays())
+    before = jax.live_arrays()
     assert run(capsys, monkeypatch, case)[0] == 0
-    assert len(jax.live_arrays()) == arrays, "a plan allocates nothing"
+    known = set(map(id, before))
+    assert known >= set(map(id, jax.live_arrays())), "a plan allocates nothing"
     report = json.loads((tmp_path / "aot.json").read_text())
     assert sorted(report) == sorted(KEYS)
     assert (report["topology"], report["devices"], report["fits"]) == ("v5e:2x2", 4, True)

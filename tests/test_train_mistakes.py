@@ -106,6 +106,12 @@ MISTAKES = {
         dict(num_heads=12, num_kv_heads=3),
         ["model.num_kv_heads=3", "mesh.model=4"],
     ),
+    "ulysses": (
+        {},
+        dict(data=1, seq=8, strategy="ulysses"),
+        {},
+        ["mesh.strategy='ulysses'", "8 devices", "4 query heads", "'allgather'"],
+    ),
     "mlp": ({}, dict(model=4), dict(mlp_dim=66), ["model.mlp_dim=66", "mesh.model=4"]),
     "vocabulary": (
         {},

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from core import hardware
-from core.config import UserError
+from core.config import Unsupported, UserError
 from core.sharding import Rules
 from model.attention import blocks, chunked, cost, decode, gather, local, reference, ring, ulysses
 from model.attention.blocks import Pair
@@ -96,14 +96,14 @@ def attend_cached(
 
 
 def _check_cached(spec: AttentionSpec, tokens: int) -> None:
-    """NotImplementedError where what a token sees is not there yet when it is read."""
+    """Unsupported where what a token sees is not there yet when it is read."""
     if spec.kind == "bidirectional":
-        raise NotImplementedError(
+        raise Unsupported(
             "kind='bidirectional' sees what comes later, so it cannot be decoded token by token: "
             "run it without a cache, or take kind='full' or 'prefix'"
         )
     if 1 < tokens < spec.prefix:
-        raise NotImplementedError(
+        raise Unsupported(
             f"kind='prefix' with prefix={spec.prefix} in prefill chunks of {tokens} tokens: a "
             "chunk must hold the whole prefix; raise the chunk, or shorten the prefix"
         )
@@ -125,7 +125,7 @@ def _strategy(call: "Call") -> str:
     if choice == "auto":
         return _choose(call, shards)
     if choice == "local":
-        raise NotImplementedError(
+        raise Unsupported(
             f"mesh.strategy='local' needs whole rows, but the length has {shards} shards: "
             "use 'ring', 'allgather' or 'ulysses', or mesh.seq=1"
         )
@@ -134,7 +134,8 @@ def _strategy(call: "Call") -> str:
 
 def _choose(call: "Call", shards: int) -> str:
     """What strategy=auto means for this layer, logged; the ring where the chip is not known."""
-    kind = jax.sharding.get_abstract_mesh().abstract_device.device_kind
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = device.device_kind if device else "a mesh without devices"
     chip = hardware.chip(kind)
     found = cost.seconds(call.work(), chip) if chip else {"ring": 0.0}
     choice = min(found, key=found.get)
@@ -214,7 +215,7 @@ def _exchange(call: Call, degree: int, inner: Attention) -> Attention:
     N = call.q_shape[2] // rules.size("act_heads")
     K = call.num_kv_heads // rules.size("act_kv_heads")
     if N % degree or (K % degree and degree % K):
-        raise NotImplementedError(
+        raise Unsupported(
             f"kind={call.spec.kind!r} with mesh.strategy={rules.strategy!r} exchanges heads "
             f"between {degree} devices, but there are {N} query heads and {K} kv heads to deal: "
             f"{degree} must divide {N}, and divide {K} or be a multiple of it. "

@@ -106,12 +106,6 @@ MISTAKES = {
         dict(num_heads=12, num_kv_heads=3),
         ["model.num_kv_heads=3", "mesh.model=4"],
     ),
-    "ulysses": (
-        {},
-        dict(data=1, seq=8, strategy="ulysses"),
-        {},
-        ["mesh.strategy='ulysses'", "8 devices", "4 query heads", "'allgather'"],
-    ),
     "mlp": ({}, dict(model=4), dict(mlp_dim=66), ["model.mlp_dim=66", "mesh.model=4"]),
     "vocabulary": (
         {},
@@ -135,6 +129,16 @@ def test_mistake_is_one_message_with_both_numbers(tmp_path, monkeypatch, capsys,
     assert err.startswith("error: ") and err.count("error:") == 1 and "Traceback" not in err
     for number in numbers:
         assert number in err, err
+
+
+def test_strategy_that_cannot_deal_the_heads(tmp_path, monkeypatch, capsys, prepared):
+    """Known when the step is traced, after the title."""
+    workdir = copy(prepared, tmp_path / "run")
+    mesh = dict(data=1, seq=8, strategy="ulysses")
+    status, err = command(capsys, monkeypatch, experiment(workdir, mesh))
+    assert status == 2 and err.count("error:") == 1 and "Traceback" not in err
+    for part in ("mesh.strategy='ulysses'", "8 devices", "4 query heads", "'allgather'"):
+        assert part in err
 
 
 def test_no_prepared_data(tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -79,6 +80,28 @@ def test_report_of_a_sharded_step(tmp_path, capsys, monkeypatch):
         assert set(one) == {"kind", "count", "bytes", "async"} and one["bytes"] > 0
     assert not (tmp_path / "aot.json.tmp").exists()
     assert text.read_text().startswith("HloModule")
+
+
+def test_the_ring_sends_while_the_kernel_works(tmp_path, capsys, monkeypatch):
+    """Between start and done of a send stands the conditional that holds the kernel."""
+    text = tmp_path / "step.txt"
+    mesh = dict(data=1, seq=4, strategy="ring")
+    case = experiment(tmp_path, dict(topology="v5e:2x2", text=str(text)), mesh)
+    assert run(capsys, monkeypatch, case)[0] == 0
+    report = json.loads((tmp_path / "aot.json").read_text())
+    sends = [c["async"] for c in report["collectives"] if c["kind"] == "collective-permute"]
+    assert sends == [True]
+    hops = 0
+    for computation in text.read_text().split("\n\n"):
+        found = re.findall(
+            r"(collective-permute-start|conditional|collective-permute-done)\(", computation
+        )
+        kernels = [i for i, name in enumerate(found) if name == "conditional"]
+        for i in kernels:
+            under_way = found[:i].count("collective-permute-start")
+            under_way -= found[:i].count("collective-permute-done")
+            hops += under_way > 0
+    assert hops >= 2, "one in the forward loop, one in the backward"
 
 
 def test_flops_are_those_of_the_formula(tmp_path):

@@ -99,7 +99,7 @@ def test_the_ring_sends_while_the_kernel_works(tmp_path, capsys, monkeypatch):
             before = steps[: steps.index("conditional")]
             done = before.count("collective-permute-done")
             hops.append(before.count("collective-permute-start") - done)
-    assert len(hops) == 2 and all(hops), "forward and backward, with sends under way"
+    assert len(hops) >= 2 and all(hops), "forward and backward, each with a send under way"
 
 
 def test_flops_are_those_of_the_formula(tmp_path):

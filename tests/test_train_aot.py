@@ -97,9 +97,9 @@ def test_the_ring_sends_while_the_kernel_works(tmp_path, capsys, monkeypatch):
         # The hops between the first and the last are a loop, and its kernel's loops are elsewhere.
         if {"collective-permute-start", "conditional"} <= set(steps) and "while" not in steps:
             before = steps[: steps.index("conditional")]
-            done = before.count("collective-permute-done")
-            hops.append(before.count("collective-permute-start") - done)
-    assert len(hops) >= 2 and all(hops), "forward and backward, each with a send under way"
+            sent, done = (before.count(f"collective-permute-{end}") for end in ("start", "done"))
+            hops.append(sent == steps.count("collective-permute-start") and not done)
+    assert len(hops) >= 2 and all(hops), "forward and backward, each with all sends under way"
 
 
 def test_flops_are_those_of_the_formula(tmp_path):

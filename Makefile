@@ -42,6 +42,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m bench.train
+	$(BIN)/python -m bench.attention
 
 aot-ladder: setup
 	$(BIN)/python -m bench.aot_ladder

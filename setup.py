@@ -9,7 +9,7 @@ pip install -e .[aot]       laptop that compiles for TPUs (python -m train.aot)
 from setuptools import setup
 
 # The libtpu that this jaxlib can read the programs of; it compiles for TPUs without one.
-TPU_COMPILER = ["jax[tpu]"]
+TPU_COMPILER = ["jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 PACKAGES = ["configs", "core", "data", "infer", "model", "model.attention", "train"]
 
 setup(

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import platform
+import sys
 
 import jax
 import numpy as np
@@ -20,8 +22,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # grain reads absl flags
 
+# The TPU compiler exists for Linux on x86-64 alone. There `make setup` brings it (setup.py), and
+# tests that need it fail without it: they are never skipped.
+HAS_TPU_COMPILER = (sys.platform, platform.machine()) == ("linux", "x86_64")
+collect_ignore = [] if HAS_TPU_COMPILER else ["test_train_aot.py"]
+
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2)]
-FAST_COMPILE = {"xla_backend_optimization_level": 0}  # for what compiles more than it runs
 
 
 def make_mesh(sizes):

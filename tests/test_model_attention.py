@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import CASES, Case, documents
-from conftest import FAST_COMPILE
 from tolerances import assert_close
 
 from model.attention import blocks, chunked, decode, local, reference
@@ -44,7 +43,7 @@ def compiled(kernel: str, mask: Mask, softcap: float):
     """(out, lse) and (dq, dk, dv, dsink) of a kernel, through the pair that it exports."""
     pair = Pair(KERNELS[kernel], mask, attention_cases.H**-0.5, softcap)
 
-    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    @jax.jit
     def run(q, k, v, dout, q_at, k_at, heads):
         out, lse = blocks.add_sink(pair.forward(q, k, v, heads, q_at, k_at), heads)
         done = dout, lse, blocks.delta(out, dout)

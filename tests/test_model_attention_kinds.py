@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import documents
-from conftest import FAST_COMPILE, make_mesh
+from conftest import make_mesh
 from tolerances import assert_close
 
 from core import sharding
@@ -63,7 +63,7 @@ def attended(kind: str, strategy: str, ulysses: int, sizes: tuple[int, int, int]
         heads = Heads(sink, slope)
         heads = jax.tree.map(lambda x: jax.device_put(x, rules("act_heads")), heads)
 
-        @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+        @jax.jit
         def run(q, k, v, dout, sink):
             def out(q, k, v, sink):
                 each = heads._replace(sink_N=sink)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import Case, documents
-from conftest import FAST_COMPILE, make_mesh
+from conftest import make_mesh
 from tolerances import assert_close
 
 from core import sharding
@@ -117,7 +117,7 @@ def program(how: How, order: str):
     place = rules("batch", "length", "act_heads", None)
     kv_place = rules("batch", "length", "act_kv_heads", None)
 
-    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    @jax.jit
     def run(q, k, v, dout, at):
         def out(q, k, v):
             return attend.attend(q, k, v, at, spec, kernel=how.kernel, rules=rules)
@@ -282,7 +282,7 @@ def test_hops_out_of_reach_run_no_kernel(monkeypatch, spec, order, lengths, runs
         at = [x[:, layout.order(order, 64, 4)] for x in documents(lengths, length=64)]
         at = Where(*(jax.device_put(x, place(rules)) for x in at))
         ones = [jax.device_put(np.ones(x.shape, np.float32), x.sharding) for x in (q, k, v)]
-        jax.block_until_ready(jax.jit(gradient, compiler_options=FAST_COMPILE)(*ones, at))
+        jax.block_until_ready(jax.jit(gradient)(*ones, at))
         jax.effects_barrier()
     idle = 2 if lengths == (20,) else 0
     assert counts == {"forward": runs + idle, "backward": runs + idle}
@@ -324,7 +324,7 @@ def test_memory_of_a_ring_grows_with_the_shard_not_the_length():
     def temporary_bytes(shards, tokens=128):
         with jax.set_mesh(make_mesh((1, shards, 1))):
             gradient, arguments = call(sharding.training("ring"), full(), (2, 2), shards * tokens)
-            lowered = jax.jit(gradient, compiler_options=FAST_COMPILE).lower(*arguments)
+            lowered = jax.jit(gradient).lower(*arguments)
             return lowered.compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(8) < 1.05 * temporary_bytes(4)

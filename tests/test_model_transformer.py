@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import documents
-from conftest import FAST_COMPILE, MESHES, make_mesh
+from conftest import MESHES, make_mesh
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from tolerances import assert_close
 
@@ -84,9 +84,8 @@ def create(config, rules):
     return tree.with_leaves(planned, leaves)
 
 
-jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
-forward = jit(lambda model, *args: model(*args)[0])
-hidden_and_cache = jit(lambda model, held, *args: model(*args, cache=held))
+forward = jax.jit(lambda model, *args: model(*args)[0])
+hidden_and_cache = jax.jit(lambda model, held, *args: model(*args, cache=held))
 
 
 def loss(model, args, remat="none"):
@@ -101,7 +100,7 @@ def loss_and_gradients(config, sizes, remat="none"):
     with jax.set_mesh(make_mesh(sizes)):
         rules = sharding.training()
         args = create(config, rules), place(rules, batch())
-        run = jit(jax.value_and_grad(functools.partial(loss, remat=remat)))
+        run = jax.jit(jax.value_and_grad(functools.partial(loss, remat=remat)))
         compiled = run.lower(*args).compile()
         value, gradients = compiled(*args)
         results = float(value), jax.tree.map(np.asarray, tree.named_leaves(gradients))
@@ -162,7 +161,7 @@ def test_no_gradient_flows_from_the_past_to_the_future(one_device):
     tokens = np.random.default_rng(0).permutation(CONFIG.vocab_size)[None, :T]
     positions, segments = documents((T,), length=T)
 
-    @jit
+    @jax.jit
     def reach(model, at):
         def one(model):
             hidden, _ = model(tokens, positions, segments)
@@ -253,7 +252,7 @@ def test_scan_equals_a_loop_over_layers(one_device):
     model = create(CONFIG, sharding.whole())
     tokens, positions, segments = batch()
 
-    @jit
+    @jax.jit
     def one_layer(block, x):
         cos_sin = rope.table(positions, *block.attention.spec.rope, CONFIG.head_dim)
         return block(x, Where(positions, segments), cos_sin, None)[0]

@@ -23,9 +23,6 @@ from model.flops import matrix_parameters
 from train import aot
 from train.config import AotConfig, TrainConfig
 
-if importlib.util.find_spec("libtpu") is None:
-    pytest.skip("libtpu is not installed: pip install -e .[aot]", allow_module_level=True)
-
 SECTIONS = dict(model=ModelConfig, mesh=MeshConfig, train=TrainConfig, aot=AotConfig)
 KEYS = [
     "topology", "devices", "fits", "hbm_bytes_per_device", "hbm_limit_bytes", "argument_bytes",

@@ -214,7 +214,7 @@ def _exchange(call: Call, degree: int, inner: Attention) -> Attention:
     rules = call.rules
     N = call.q_shape[2] // rules.size("act_heads")
     K = call.num_kv_heads // rules.size("act_kv_heads")
-    if N % degree or (K % degree and degree % K):
+    if not ulysses.deals(N, K, degree):
         raise Unsupported(
             f"kind={call.spec.kind!r} with mesh.strategy={rules.strategy!r} exchanges heads "
             f"between {degree} devices, but there are {N} query heads and {K} kv heads to deal: "

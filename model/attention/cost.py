@@ -17,6 +17,7 @@ wait for it. A balanced ring in bfloat16 hides its forward sends from c = 2 (K /
 from typing import NamedTuple
 
 from core.hardware import Chip
+from model.attention import ulysses
 
 EFFICIENCY = 0.5  # of the peak, in kernels
 FORWARD, BACKWARD = 4, 10  # FLOPs a pair and unit of head width
@@ -56,9 +57,7 @@ def seconds(work: Work, chip: Chip) -> dict[str, float]:
     found = {"ring": _ring(work, chip, late)}
     if work.shards * (work.kv() + work.kv(itemsize=4)) <= GATHERED * chip.hbm_bytes:
         found["allgather"] = _allgather(work, chip, late)
-    deals = work.heads % work.shards == 0 and (
-        work.kv_heads % work.shards == 0 or work.shards % work.kv_heads == 0
-    )
+    deals = ulysses.deals(work.heads, work.kv_heads, work.shards)
     if deals and work.in_order:  # tiles of a permuted length would all be visited
         found["ulysses"] = _ulysses(work, chip, products)
     return found

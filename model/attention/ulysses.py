@@ -15,6 +15,11 @@ from model.attention.spec import Heads, Where
 Inner = Callable[[jax.Array, jax.Array, jax.Array, Heads, Where, Where], jax.Array]
 
 
+def deals(heads: int, kv_heads: int, degree: int) -> bool:
+    """Whether so many devices can exchange these heads; kv heads may be dealt to several."""
+    return heads % degree == 0 and (kv_heads % degree == 0 or degree % kv_heads == 0)
+
+
 def attention(
     axes: tuple[str, ...],
     groups: list[list[int]],

@@ -21,10 +21,11 @@ class Where(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """What differs from head to head, float32 [N]; None where the spec does not ask for it."""
+    """What differs from head to head; None where the spec does not ask for it."""
 
-    sink_N: jax.Array | None = None  # learned logit of a key of value zero (gpt-oss)
-    slope_N: jax.Array | None = None  # ALiBi: score - slope * distance
+    sink_N: jax.Array | None = None  # float32, learned logit of a key of value zero (gpt-oss)
+    slope_N: jax.Array | None = None  # float32, ALiBi: score - slope * distance
+    chosen_BTMC: jax.Array | None = None  # int32, blocks that each query sees (picked.py)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,12 +64,15 @@ class Picked(NamedTuple):
             T, G, H = q_TGH.shape
             rows = pairs.size + tile.rows, G
             parts = tile.walk(see, [fresh((*rows, H), 0.0), fresh(rows, -jnp.inf)])
-            out_TCGH, lse_TCG = (pairs.back(x) for x in parts)
-            lse_TG = jax.nn.logsumexp(lse_TCG, axis=1)
+            out_PGH, lse_PG = parts
+            lse_TG = jax.nn.logsumexp(lse_PG[pairs.place_TC], axis=1)
             # A query that saw nothing has lse -inf: keep -inf - -inf out.
             safe_TG = jnp.where(jnp.isneginf(lse_TG), 0.0, lse_TG)
-            weight_TCG = jnp.exp(lse_TCG - safe_TG[:, None])
-            return (out_TCGH * weight_TCG[..., None]).sum(1), lse_TG
+
+            def weighed(place_T):
+                return out_PGH[place_T] * jnp.exp(lse_PG[place_T] - safe_TG)[..., None]
+
+            return pairs.sum(weighed), lse_TG
 
         lanes = (
             split.lanes(),
@@ -117,7 +120,7 @@ class Picked(NamedTuple):
                 x.at[lane.row, lane.kv_head].add(new)
                 for x, new in zip(dkv_BKSH, dkv_SH, strict=True)
             ]
-            return dkv_BKSH, pairs.back(dq_PGH).sum(1)
+            return dkv_BKSH, pairs.sum(lambda place_T: dq_PGH[place_T])
 
         lanes = (
             split.lanes(),
@@ -252,9 +255,21 @@ class _Pairs(NamedTuple):
         )
         return _Pairs(_Run.of(segments_P, blocks_P), index_P, at)
 
-    def back(self, x_P: jax.Array) -> jax.Array:
-        """[T, C, ...] from the results of the pairs in their order."""
-        return x_P[jnp.argsort(self.index_P)].reshape(-1, self.choices, *x_P.shape[1:])
+    @property
+    def place_TC(self) -> jax.Array:
+        """Where each query's pairs are in the order."""
+        here_P = jnp.arange(self.size, dtype=jnp.int32)
+        place_P = here_P.at[self.index_P].set(here_P, unique_indices=True)
+        return place_P.reshape(-1, self.choices)
+
+    def sum(self, of) -> jax.Array:
+        """The sum over a query's pairs of of(their places [T]); no [T, C, ...] is made."""
+        place_TC = self.place_TC
+
+        def add(c, total):
+            return total + of(place_TC[:, c])
+
+        return jax.lax.fori_loop(1, self.choices, add, of(place_TC[:, 0]))
 
 
 class _Tile:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model import rope
+from model.attention import nsa
 from model.attention.attend import attend, attend_cached
 from model.attention.decode import Stored
 from model.attention.spec import AttentionSpec, Heads, Where
@@ -61,6 +62,7 @@ class Attention(nnx.Module):
         self.q_norm = Norm(make, H, "rms") if config.qk_norm else None
         self.k_norm = Norm(make, H, "rms") if config.qk_norm else None
         self.sink_N = make.constant(0.0, N, "heads") if spec.sink_logit else None
+        self.branches = Branches(make, spec) if spec.kind == "nsa" else None
 
     @property
     def kv_repeats(self) -> int:
@@ -96,13 +98,45 @@ class Attention(nnx.Module):
                 for x in (k_BTKH, v_BTKH)
             )
         how = dict(kernel=self.config.attention_kernel, rules=rules, heads=self._heads())
-        if cache is None:
+        if self.branches is not None:
+            out_BTNH = self.branches(x_BTD, q_BTNH, k_BTKH, v_BTKH, at)
+        elif cache is None:
             out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, at, self.spec, **how)
         else:
             out_BTNH = attend_cached(q_BTNH, k_BTKH, v_BTKH, at, cache, self.spec, **how)
         residual = rules("batch", "length", "act_embed")
         out_BTD = project("BTNH,NHD->BTD", out_BTNH, self.o_NHD[...], residual)
         return out_BTD, (k_BTKH, v_BTKH)
+
+
+class Branches(nnx.Module):
+    """What native sparse attention (attention/nsa.py) learns: gates, and how K and V compress."""
+
+    def __init__(self, make: Maker, spec: AttentionSpec):
+        self.config, self.rules, self.spec = make.config, make.rules, spec
+        D, N = make.config.embed_dim, make.config.num_heads
+        self.gates_DN3 = make.normal(7, (D, N, 3), ("embed", "heads", None))
+        self.keys, self.values = (Compressor(make, spec.compress, index) for index in (8, 11))
+
+    def __call__(self, x_BTD, q_BTNH, k_BTKH, v_BTKH, at: Where) -> jax.Array:
+        gates_BTN3 = jax.nn.sigmoid(project("BTD,DNC->BTNC", x_BTD, self.gates_DN3[...]))
+        compressors = self.keys(), self.values()
+        how = dict(kernel=self.config.attention_kernel, rules=self.rules)
+        return nsa.attention(q_BTNH, k_BTKH, v_BTKH, gates_BTN3, compressors, at, self.spec, **how)
+
+
+class Compressor(nnx.Module):
+    """The weights of one `nsa.Compressor`."""
+
+    def __init__(self, make: Maker, size: int, index: int):
+        H = make.config.head_dim
+        whole = None, None
+        self.place_CH = make.normal(index, (size, H), whole)
+        self.in_HF = make.normal(index + 1, (H, H), whole)
+        self.out_FH = make.normal(index + 2, (H, H), whole)
+
+    def __call__(self) -> nsa.Compressor:
+        return nsa.Compressor(self.place_CH[...], self.in_HF[...], self.out_FH[...])
 
 
 def alibi_slopes(num_heads: int) -> jax.Array:

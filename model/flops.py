@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from model.attention.spec import Mask
+from model.attention.spec import AttentionSpec, Mask
 from model.config import ModelConfig
 
 Convention = Literal["seen", "dense"]
@@ -27,8 +27,22 @@ def matrix_parameters(config: ModelConfig) -> int:
     return config.num_layers * (attention + mlp) + config.vocab_size * D
 
 
-def keys_seen(mask: Mask, length: int) -> np.ndarray:
-    """Keys that each token of a document of `length` sees, int [length]."""
+def keys_seen(spec: AttentionSpec, length: int) -> np.ndarray:
+    """Keys that each token of a document of `length` attends to, int [length].
+
+    Those of the three branches of NSA add up; what it costs to choose blocks is not counted.
+    """
+    if not spec.top:
+        return _keys_allowed(spec.mask, length)
+    q = np.arange(length)
+    chosen = q % spec.block + 1 + np.minimum(q // spec.block, spec.top - 1) * spec.block
+    if spec.kind == "moba":
+        return chosen
+    compressed = np.maximum((q + 1 - spec.compress) // spec.step + 1, 0)
+    return chosen + compressed + np.minimum(q + 1, spec.window)
+
+
+def _keys_allowed(mask: Mask, length: int) -> np.ndarray:
     if not mask.causal:
         return np.full(length, length)
     q = np.arange(length)
@@ -53,7 +67,7 @@ def keys_seen(mask: Mask, length: int) -> np.ndarray:
 def training_flops_per_token(config: ModelConfig, length: int, convention: Convention) -> float:
     """FLOPs of forward and backward for one token of rows of `length`, rematerialising nothing."""
     keys = sum(
-        layers * (length if convention == "dense" else keys_seen(spec.mask, length).mean())
+        layers * (length if convention == "dense" else keys_seen(spec, length).mean())
         for slots, layers in config.stages
         for spec in slots
     )

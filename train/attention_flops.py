@@ -20,7 +20,7 @@ def busiest_device(
     """
     data, seq, heads = mesh
     pairs = sum(
-        layers * keys_seen(spec.mask, train.length)[order].reshape(seq, -1).sum(1).max()
+        layers * keys_seen(spec, train.length)[order].reshape(seq, -1).sum(1).max()
         for slots, layers in model.stages
         for spec in slots
     )

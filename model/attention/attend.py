@@ -15,8 +15,20 @@ import numpy as np
 from core import hardware
 from core.config import Unsupported, UserError
 from core.sharding import Rules
-from model.attention import blocks, chunked, cost, decode, gather, local, reference, ring, ulysses
+from model.attention import (
+    blocks,
+    chunked,
+    cost,
+    decode,
+    gather,
+    local,
+    reference,
+    ring,
+    select,
+    ulysses,
+)
 from model.attention.blocks import Pair
+from model.attention.picked import Picked
 from model.attention.spec import AttentionSpec, Heads, Where
 from model.flops import keys_seen
 
@@ -41,15 +53,19 @@ def attend(
     Arguments are sharded by `rules`; N is a multiple of K, and both divide over act_heads.
     """
     call = Call(
-        KERNELS[_kernel(kernel)], spec, rules, q_BTNH.shape, k_BTKH.shape[2], q_BTNH.dtype.itemsize
+        kernel_of(kernel), spec, rules, q_BTNH.shape, k_BTKH.shape[2], q_BTNH.dtype.itemsize
     )
     attention = STRATEGIES[_strategy(call)](call)
     q_spec = rules("batch", "length", "act_heads", None)
     kv_spec = rules("batch", "length", "act_kv_heads", None)
     at_spec = Where(rules("batch", "length"), rules("batch", "length"))
-    heads_spec = jax.tree.map(lambda _: rules("act_heads"), heads)
+    heads_spec = _heads_sharding(heads, rules)
 
     def of_device(q_BTNH, k_BTKH, v_BTKH, heads, at):
+        if spec.kind == "moba":
+            axes = rules.axes("length")
+            chosen_BTNC = select.moba(q_BTNH, k_BTKH, at, spec.block, spec.top, axes)
+            heads = heads._replace(chosen_BTMC=chosen_BTNC)
         # The gradient of what all shards share is summed where it is made to vary.
         heads = jax.tree.map(lambda x_N: blocks.vary(x_N, q_BTNH), heads)
         return attention(q_BTNH, k_BTKH, v_BTKH, heads, at, at)
@@ -77,7 +93,7 @@ def attend_cached(
     that a ring buffer never loses a key that a token of the same chunk still sees.
     """
     _check_cached(spec, q_BTNH.shape[1])
-    pair = Pair(KERNELS[_kernel(kernel)], spec.mask, q_BTNH.shape[-1] ** -0.5, spec.softcap)
+    pair = Pair(kernel_of(kernel), spec.mask, q_BTNH.shape[-1] ** -0.5, spec.softcap)
 
     def merged(q_BTNH, k_BTKH, v_BTKH, heads, at, cache):
         old = decode.forward(q_BTNH, cache, heads, at, pair)
@@ -95,12 +111,22 @@ def attend_cached(
     )
 
 
+def _heads_sharding(heads: Heads, rules: Rules) -> Heads:
+    head = rules("act_heads")
+    specs = Heads(head, head, rules("batch", "length", "act_heads", None))
+    return Heads(*(None if x is None else spec for x, spec in zip(heads, specs, strict=True)))
+
+
 def _check_cached(spec: AttentionSpec, tokens: int) -> None:
     """Unsupported where what a token sees is not there yet when it is read."""
     if spec.kind == "bidirectional":
         raise Unsupported(
             "kind='bidirectional' sees what comes later, so it cannot be decoded token by token: "
             "run it without a cache, or take kind='full' or 'prefix'"
+        )
+    if spec.top:
+        raise Unsupported(
+            f"kind={spec.kind!r} is not decoded yet: run it without a cache, or take kind='full'"
         )
     if 1 < tokens < spec.prefix:
         raise Unsupported(
@@ -109,13 +135,14 @@ def _check_cached(spec: AttentionSpec, tokens: int) -> None:
         )
 
 
-def _kernel(name: str) -> str:
+def kernel_of(name: str) -> ModuleType:
+    """The kernel that is meant; `auto` is logged."""
     if name == "auto":
         _log_once("attention_kernel=auto: chunked")
-        return "chunked"
+        return chunked
     if name not in KERNELS:
         raise UserError(f"attention_kernel={name!r} is not one of auto, {', '.join(KERNELS)}")
-    return name
+    return KERNELS[name]
 
 
 def _strategy(call: "Call") -> str:
@@ -157,8 +184,9 @@ class Call(NamedTuple):
     itemsize: int
 
     @property
-    def pair(self) -> Pair:
-        return Pair(self.kernel, self.spec.mask, self.q_shape[-1] ** -0.5, self.spec.softcap)
+    def pair(self) -> Pair | Picked:
+        pair = Pair(self.kernel, self.spec.mask, self.q_shape[-1] ** -0.5, self.spec.softcap)
+        return Picked(pair, self.spec.block) if self.spec.top else pair
 
     @property
     def hops(self) -> int:
@@ -179,7 +207,7 @@ class Call(NamedTuple):
             self.num_kv_heads // rules.size("act_kv_heads"),
             H,
             self.itemsize,
-            rows * tokens * float(keys_seen(self.spec.mask, T).mean()),
+            rows * tokens * float(keys_seen(self.spec, T).mean()),
             self.hops,
             rules.layout == "contiguous",
             not self.spec.mask.reach,

@@ -120,9 +120,9 @@ def add_sink(part: Part, heads: Heads) -> Part:
 def sink_gradient(heads: Heads, lse_BTN: jax.Array, delta_BTN: jax.Array) -> Heads:
     """Gradient of the sinks; `lse` counts them in. The softmax of a zero value: -p delta."""
     if heads.sink_N is None:
-        return Heads(None, None)
+        return Heads()
     p_BTN = jnp.exp(heads.sink_N[None, None] - lse_BTN)
-    return Heads(-(p_BTN * delta_BTN).sum((0, 1)), None)
+    return Heads(-(p_BTN * delta_BTN).sum((0, 1)))
 
 
 def vary(x: jax.Array, like: jax.Array) -> jax.Array:

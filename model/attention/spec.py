@@ -100,12 +100,18 @@ class Mask:
         return 0 if self.sinks or self.stride or not self.causal else self.near
 
 
-Kind = Literal["full", "sliding", "chunked", "block_sparse", "prefix", "bidirectional"]
-NEEDS = {  # the fields that belong to a kind, and are at least 1 there
-    "sliding": ("window",),
-    "chunked": ("chunk",),
-    "block_sparse": ("block", "local"),
+Kind = Literal[
+    "full", "sliding", "chunked", "block_sparse", "prefix", "bidirectional", "moba", "nsa"
+]
+NEEDS = {  # the fields that belong to kinds, and are at least 1 there
+    "window": ("sliding", "nsa"),
+    "chunk": ("chunked",),
+    "block": ("block_sparse", "moba", "nsa"),
+    "local": ("block_sparse",),
     "prefix": ("prefix",),
+    "top": ("moba", "nsa"),
+    "compress": ("nsa",),
+    "step": ("nsa",),
 }
 
 
@@ -114,11 +120,14 @@ class AttentionSpec(Section):
     """One slot of the layer pattern."""
 
     kind: Kind = setting("full", "what a token sees of its document")
-    window: int = setting(0, "tokens seen by kind='sliding', the query included", low=0)
+    window: int = setting(0, "tokens a window sees, the query included", low=0)
     chunk: int = setting(0, "kind='chunked': only the own chunk of so many tokens", low=0)
-    block: int = setting(0, "tokens a block of kind='block_sparse'", low=0)
-    local: int = setting(0, "blocks back that it sees, the own one included", low=0)
+    block: int = setting(0, "tokens a block, counted from the start of the text", low=0)
+    local: int = setting(0, "kind='block_sparse': blocks back in sight, the own included", low=0)
     stride: int = setting(0, "it also sees every so many-th block back; 0 is none", low=0)
+    top: int = setting(0, "blocks that a query chooses, those it always sees included", low=0)
+    compress: int = setting(0, "kind='nsa': tokens that are compressed to one", low=0)
+    step: int = setting(0, "tokens from one compressed token to the next", low=0)
     prefix: int = setting(0, "kind='prefix': first tokens of a text, seen by all of it", low=0)
     sinks: int = setting(0, "first tokens that stay in sight, beside what is near", low=0)
     sink_logit: bool = setting(False, "a learned logit a head takes part of the softmax")
@@ -128,20 +137,37 @@ class AttentionSpec(Section):
     softcap: float = setting(0.0, "scores become cap * tanh(score / cap); 0 is off", low=0)
 
     def check(self) -> None:
-        for kind, fields in NEEDS.items():
-            for field in fields:
-                value = getattr(self, field)
-                if (self.kind == kind) != (value > 0):
-                    raise UserError(
-                        f"kind={self.kind!r} with {field}={value}: "
-                        f"a {field} goes with kind={kind!r}, and is at least 1 there"
-                    )
+        for field, kinds in NEEDS.items():
+            value = getattr(self, field)
+            if (self.kind in kinds) != (value > 0):
+                kinds = " or ".join(map(repr, kinds))
+                raise UserError(
+                    f"kind={self.kind!r} with {field}={value}: "
+                    f"a {field} goes with kind={kinds}, and is at least 1 there"
+                )
         if self.stride and self.kind != "block_sparse":
             raise UserError(f"stride={self.stride} goes with kind='block_sparse'")
         if self.sinks and not self.mask.limited:
             raise UserError(f"sinks={self.sinks}: kind={self.kind!r} sees the first tokens anyway")
         if self.alibi and self.softcap:
             raise UserError("alibi=True with a softcap: no model has both, and the order matters")
+        if self.kind == "nsa":
+            self._check_nsa()
+
+    def _check_nsa(self) -> None:
+        for field in ("compress", "block"):
+            if getattr(self, field) % self.step:
+                raise UserError(
+                    f"kind='nsa' with {field}={getattr(self, field)}: a multiple of "
+                    f"step={self.step} is needed, so that blocks can share what is compressed"
+                )
+        if self.top < 3:
+            raise UserError(
+                f"kind='nsa' with top={self.top}: the first block, the own and the one before it "
+                "are always seen, so top is at least 3"
+            )
+        if self.sink_logit or self.alibi:
+            raise UserError("kind='nsa' has three softmaxes: neither sink_logit nor alibi fits")
 
     def everywhere(self) -> "AttentionSpec":
         """The same scores over the whole document."""
@@ -155,6 +181,9 @@ class AttentionSpec(Section):
 
     @property
     def mask(self) -> Mask:
+        """What may be seen at all: a query's choice, where it has one, is made from that."""
+        if self.top:
+            return Mask()
         names = ("window", "chunk", "block", "local", "stride", "sinks", "prefix")
         fields = {name: getattr(self, name) for name in names}
         return Mask(causal=self.kind != "bidirectional", **fields)
@@ -192,3 +221,23 @@ def block_sparse(block: int, local: int, stride: int = 0, **fields) -> Attention
 def prefix(tokens: int, **fields) -> AttentionSpec:
     """Causal attention, but all see the first `tokens` of the document, these each other too."""
     return AttentionSpec(kind="prefix", prefix=tokens, **fields)
+
+
+def moba(block: int, top: int, **fields) -> AttentionSpec:
+    """Causal attention to the own block and to the top - 1 whole ones whose mean key fits best.
+
+    Mixture of block attention (arXiv 2502.13189): each query head chooses for itself.
+    """
+    return AttentionSpec(kind="moba", block=block, top=top, **fields)
+
+
+def nsa(
+    block: int = 64, top: int = 16, window: int = 512, compress: int = 32, step: int = 16, **fields
+) -> AttentionSpec:
+    """Native sparse attention (arXiv 2502.11089): compressed, chosen and near tokens, gated.
+
+    Every `step` tokens, `compress` of them become one; the heads of a group see all of these, the
+    `top` blocks that they attend to most there, and the last `window` tokens.
+    """
+    how = dict(block=block, top=top, window=window, compress=compress, step=step)
+    return AttentionSpec(kind="nsa", **how, **fields)

@@ -5,6 +5,7 @@ inner strategy, and gives the outputs back. Over all of `seq` the inner one is l
 of neighbours it is a ring over the groups (USP, arXiv 2405.07719).
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -34,16 +35,21 @@ def attention(
     """out [B, T, N, H]: `inner` over the tokens of each of the `groups` of devices of `axes`."""
     how = dict(axis_name=axes, axis_index_groups=groups, tiled=True)
     degree = len(groups[0])
-    # Fewer kv heads than devices: one goes to each device that has query heads of its group, and
-    # its gradient is rounded once for each of them.
-    repeats = max(1, degree // k_BTKH.shape[2])
-    k_BTKH, v_BTKH = (jnp.repeat(x, repeats, axis=2) for x in (k_BTKH, v_BTKH))
-    q_BSNH, k_BSKH, v_BSKH = (
-        jax.lax.all_to_all(x, split_axis=2, concat_axis=1, **how) for x in (q_BTNH, k_BTKH, v_BTKH)
+
+    def deal(x_BTKH):
+        # Fewer kv heads than devices: one goes to each device that has query heads of its group,
+        # and its gradient is rounded once for each of them.
+        x_BTKH = jnp.repeat(x_BTKH, max(1, degree // x_BTKH.shape[2]), axis=2)
+        return jax.lax.all_to_all(x_BTKH, split_axis=2, concat_axis=1, **how)
+
+    q_BSNH, k_BSKH, v_BSKH, chosen_BSMC = jax.tree.map(
+        deal, (q_BTNH, k_BTKH, v_BTKH, heads.chosen_BTMC)
     )
     at = jax.tree.map(lambda x: jax.lax.all_gather(x, axis=1, **how), q_at)
     mine = q_BSNH.shape[2]
     first = jax.lax.axis_index(axes) % degree * mine
-    heads = jax.tree.map(lambda x_N: jax.lax.dynamic_slice(x_N, (first,), (mine,)), heads)
+    mine_of = functools.partial(jax.lax.dynamic_slice, start_indices=(first,), slice_sizes=(mine,))
+    sink_N, slope_N = jax.tree.map(mine_of, heads[:2])
+    heads = Heads(sink_N, slope_N, chosen_BSMC)
     out_BSNH = inner(q_BSNH, k_BSKH, v_BSKH, heads, at, at)
     return jax.lax.all_to_all(out_BSNH, split_axis=1, concat_axis=2, **how)

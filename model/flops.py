@@ -20,11 +20,17 @@ Convention = Literal["seen", "dense"]
 
 
 def matrix_parameters(config: ModelConfig) -> int:
-    """Parameters that each token is multiplied by."""
+    """Parameters that each token is multiplied by; compressors of NSA see blocks, not tokens."""
     D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
     attention = D * H * (N + 2 * K) + N * H * D
     mlp = D * config.mlp_dim * (3 if config.mlp == "gated" else 2)
-    return config.num_layers * (attention + mlp) + config.vocab_size * D
+    gates = sum(
+        layers * D * N * 3
+        for slots, layers in config.stages
+        for spec in slots
+        if spec.kind == "nsa"
+    )
+    return config.num_layers * (attention + mlp) + gates + config.vocab_size * D
 
 
 def keys_seen(spec: AttentionSpec, length: int) -> np.ndarray:
@@ -33,7 +39,7 @@ def keys_seen(spec: AttentionSpec, length: int) -> np.ndarray:
     Those of the three branches of NSA add up; what it costs to choose blocks is not counted.
     """
     if not spec.top:
-        return _keys_allowed(spec.mask, length)
+        return keys_allowed(spec.mask, length)
     q = np.arange(length)
     chosen = q % spec.block + 1 + np.minimum(q // spec.block, spec.top - 1) * spec.block
     if spec.kind == "moba":
@@ -42,7 +48,8 @@ def keys_seen(spec: AttentionSpec, length: int) -> np.ndarray:
     return chosen + compressed + np.minimum(q + 1, spec.window)
 
 
-def _keys_allowed(mask: Mask, length: int) -> np.ndarray:
+def keys_allowed(mask: Mask, length: int) -> np.ndarray:
+    """Keys that the mask lets each token of a document of `length` see, int [length]."""
     if not mask.causal:
         return np.full(length, length)
     q = np.arange(length)

@@ -344,8 +344,9 @@ def test_sinks_and_slopes_go_with_moba():
 
     def out(what):
         with jax.set_mesh(make_mesh((1, 1, 1))):
-            how = dict(kernel="chunked", rules=sharding.whole(), heads=heads)
-            return attend.attend(*map(jnp.asarray, arrays), at, what, **how)
+            how = dict(spec=what, kernel="chunked", rules=sharding.whole(), heads=heads)
+            attention = functools.partial(attend.attend, **how)
+            return jax.jit(attention)(*map(jnp.asarray, arrays), at)
 
     fields = dict(sink_logit=True, alibi=True)
     every = spec.moba(block=4, top=LENGTH // 4, **fields)

@@ -10,7 +10,16 @@ from test_model_transformer import ONE, SMALL, batch, place
 
 from core import sharding, tree
 from model import transformer
-from model.attention.spec import AttentionSpec, block_sparse, chunked, full, prefix, sliding
+from model.attention.spec import (
+    AttentionSpec,
+    block_sparse,
+    chunked,
+    full,
+    moba,
+    nsa,
+    prefix,
+    sliding,
+)
 from model.config import ModelConfig
 
 # Each field at another value that is valid, given the rest of SMALL.
@@ -44,6 +53,9 @@ SPEC_FLIPS = {  # field: two specs that differ in it
     "local": (block_sparse(3, 2), block_sparse(3, 3)),
     "stride": (block_sparse(3, 2), block_sparse(3, 2, stride=4)),
     "prefix": (prefix(3), prefix(4)),
+    "top": (moba(4, 2), moba(4, 3)),
+    "compress": (nsa(4, 3, 8, 4, 2), nsa(4, 3, 8, 2, 2)),
+    "step": (nsa(4, 3, 8, 4, 2), nsa(4, 3, 8, 4, 4)),
     "sinks": (sliding(6), sliding(6, sinks=2)),
     "sink_logit": (full(), full(sink_logit=True)),
     "alibi": (full(), full(alibi=True)),

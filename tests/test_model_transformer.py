@@ -20,6 +20,8 @@ from model.attention.spec import (
     block_sparse,
     chunked,
     full,
+    moba,
+    nsa,
     prefix,
     sliding,
 )
@@ -58,6 +60,9 @@ KINDS = dataclasses.replace(
         block_sparse(2, 2, stride=3, sinks=3),
         prefix(6),
     ),
+)
+CHOOSING = dataclasses.replace(
+    CONFIG, num_layers=2, pattern=(moba(4, 2), nsa(4, 3, 5, compress=4, step=2))
 )
 B, T = 8, 16
 ONE = (1, 1, 1)
@@ -114,11 +119,16 @@ def assert_same_gradients(actual, expected):
         assert_close(actual[1][name], gradient, "model", what=name)
 
 
-@pytest.mark.parametrize("sizes", [*MESHES[1:], (1, 2, 4)], ids=str)
-def test_loss_and_gradients_are_the_same_on_every_mesh(sizes):
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [(WITH_ALL, sizes) for sizes in (*MESHES[1:], (1, 2, 4))]
+    + [(CHOOSING, sizes) for sizes in ((2, 2, 2), (1, 2, 4))],
+    ids=lambda value: str(value) if isinstance(value, tuple) else "",
+)
+def test_loss_and_gradients_are_the_same_on_every_mesh(config, sizes):
     """(1, 2, 4) has more shards of the heads than there are kv heads."""
-    expected, _ = loss_and_gradients(WITH_ALL, ONE)
-    assert_same_gradients(loss_and_gradients(WITH_ALL, sizes)[0], expected)
+    expected, _ = loss_and_gradients(config, ONE)
+    assert_same_gradients(loss_and_gradients(config, sizes)[0], expected)
 
 
 @pytest.mark.parametrize("remat", transformer.REMAT_POLICIES)

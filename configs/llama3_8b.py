@@ -16,7 +16,7 @@ from core.config import Experiment, UserError, editable
 from core.sharding import MeshConfig
 from data.config import DataConfig
 from infer.config import BenchConfig, DecodeConfig, ScoreConfig
-from model.attention.spec import full, sliding
+from model.attention.spec import full, nsa, sliding
 from model.config import ModelConfig
 from train.config import AotConfig, TrainConfig
 
@@ -24,19 +24,24 @@ TOKENS = 2**20  # of a step
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The experiment at a length in tokens; `:LENGTH-sliding` has windows of 4096 beside full.
+    """The experiment at a length in tokens; `:tiny` is the same in seconds, on a CPU.
 
-    `:tiny` is the same in seconds, on a CPU.
+    `:LENGTH-sliding` has windows of 4096 beside full, `:LENGTH-nsa` native sparse attention.
     """
     digits, _, variant = arg.partition("-")
-    if arg != "tiny" and (not digits.isdecimal() or variant not in ("", "sliding")) and arg:
+    rope = dict(rope_base=500_000.0)
+    window = sliding(4096, **rope)
+    patterns = {
+        "": (full(**rope),),
+        "sliding": (window, window, window, full(**rope)),
+        "nsa": (nsa(**rope),),
+    }
+    if arg not in ("", "tiny") and not (digits.isdecimal() and variant in patterns):
         raise UserError(
-            f"configs/llama3_8b.py takes no argument {arg!r}; it has :tiny, :LENGTH in tokens, and "
-            ":LENGTH-sliding"
+            f"configs/llama3_8b.py takes no argument {arg!r}; it has :tiny, :LENGTH in tokens, "
+            ":LENGTH-sliding and :LENGTH-nsa"
         )
     length = int(digits) if digits.isdecimal() else 131_072
-    everything = full(rope_base=500_000.0)
-    window = sliding(4096, rope_base=500_000.0)
     config = editable(
         Experiment(
             name="llama3-8b",
@@ -50,7 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 num_kv_heads=8,
                 head_dim=128,
                 mlp_dim=14_336,
-                pattern=(window, window, window, everything) if variant else (everything,),
+                pattern=patterns.get(variant, patterns[""]),
                 norm_eps=1e-5,
                 tied_head=False,
             ),

@@ -12,6 +12,7 @@ from train_cases import MODEL, TRAIN
 from core import sharding, tree
 from core.config import UserError
 from model import transformer
+from model.attention.spec import full, nsa
 from train import optimizer
 from train.config import TrainConfig
 
@@ -59,13 +60,17 @@ def test_no_warmup_starts_at_the_peak(schedule):
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_default_groups_cover_every_model(one_device, norm, tied):
-    """Matrices decay, norms do not, and nothing else is there."""
-    config = dataclasses.replace(MODEL, norm=norm, tied_head=tied, qk_norm=True)
+    """Matrices decay; norms, sinks and weights of a place in a block do not."""
+    pattern = full(sink_logit=True), nsa()
+    config = dataclasses.replace(
+        MODEL, norm=norm, tied_head=tied, qk_norm=True, num_layers=2, pattern=pattern
+    )
     names = tree.named_leaves(transformer.abstract(config, sharding.training()))
     found = optimizer.groups(TRAIN, names)
     assert found.keys() == names.keys()
     for name, group in found.items():
-        assert group == ("no_decay" if "norm" in name else "decay"), name
+        kept = any(part in name for part in ("norm", "sink", "place"))
+        assert group == ("no_decay" if kept else "decay"), name
 
 
 def test_uncovered_parameter_is_named():

@@ -35,11 +35,18 @@ class TrainConfig(Section):
     z_loss: float = setting(0.0, "weight of the squared log-normaliser", low=0)
 
     decay: tuple[str, ...] = setting(
-        (r"embedding_VD", r"head_VD", r"attention\.[qkvo]_\w+", r"mlp\.\w+"),
+        (
+            r"embedding_VD",
+            r"head_VD",
+            r"attention\.[qkvo]_\w+",
+            r"branches\.(gates|\w+\.in|\w+\.out)_\w+",
+            r"mlp\.\w+",
+        ),
         "parameters that decay: regular expressions on their names",
     )
     no_decay: tuple[str, ...] = setting(
-        (r"\w*norm\.\w+", r"attention\.sink_N"), "parameters that do not"
+        (r"\w*norm\.\w+", r"attention\.sink_N", r"branches\.\w+\.place_CH"),
+        "parameters that do not",
     )
     freeze: tuple[str, ...] = setting((), "parameters that stay as they are, decay or not")
 

@@ -43,7 +43,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
         "aot": TPU_COMPILER,
-        "test": ["pytest>=8", "pytest-xdist>=3.6", *TPU_COMPILER],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.130", *TPU_COMPILER],
         "dev": ["ruff>=0.14"],
     },
 )

@@ -1,22 +1,15 @@
 """Every kind of attention over every strategy, and what a spec refuses."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import documents
-from conftest import make_mesh
-from tolerances import assert_close
+from attention_runs import Run, assert_equal_to_one_device, results
 
 from core import sharding
 from core.config import UserError
 from model.attention import attend, chunked
 from model.attention.spec import (
     AttentionSpec,
-    Heads,
-    Where,
     bidirectional,
     block_sparse,
     full,
@@ -47,43 +40,14 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(chunked, "MAX_BLOCK", 4)
 
 
-@functools.cache
-def attended(kind: str, strategy: str, ulysses: int, sizes: tuple[int, int, int], kernel: str):
-    """(out, dq, dk, dv, dsink) of packed rows; the last is None without sinks."""
-    spec, draw = KINDS[kind], np.random.default_rng(0)
-    arrays = [draw.standard_normal((2, LENGTH, n, H)).astype(np.float32) for n in (N, K, K, N)]
-    sink = np.linspace(-1, 2, N, dtype=np.float32) if spec.sink_logit else None
-    slope = 2.0 ** -np.arange(1, N + 1, dtype=np.float32) if spec.alibi else None
-    with jax.set_mesh(make_mesh(sizes)):
-        rules = sharding.training(strategy, ulysses)
-        at = documents((7, 1, 28, 12), (LENGTH,), length=LENGTH)
-        at = Where(*(jax.device_put(x, rules("batch", "length")) for x in at))
-        place = rules("batch", "length", "act_heads", None)
-        q, k, v, dout = (jax.device_put(x, place) for x in arrays)
-        heads = Heads(sink, slope)
-        heads = jax.tree.map(lambda x: jax.device_put(x, rules("act_heads")), heads)
-
-        @jax.jit
-        def run(q, k, v, dout, sink):
-            def out(q, k, v, sink):
-                each = heads._replace(sink_N=sink)
-                return attend.attend(q, k, v, at, spec, kernel=kernel, rules=rules, heads=each)
-
-            result, pull = jax.vjp(out, q, k, v, sink)
-            return result, *pull(dout)
-
-        return jax.tree.map(np.asarray, run(q, k, v, dout, heads.sink_N))
-
-
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_over_every_strategy(kind, spread):
-    expected = attended(kind, "local", 1, (1, 1, 1), "reference")
-    actual = attended(kind, *SPREADS[spread], "chunked")
-    for name, a, b in zip(("out", "dq", "dk", "dv", "dsink"), actual, expected, strict=True):
-        if b is not None:
-            assert np.abs(b).max() > 0
-            assert_close(a, b, "attention", what=name)
+    strategy, ulysses, sizes = SPREADS[spread]
+    where = dict(strategy=strategy, ulysses=ulysses, sizes=sizes)
+    run = Run(KINDS[kind], ((7, 1, 28, 12), (LENGTH,)), LENGTH, (N, K), **where)
+    assert all(np.abs(x).max() > 0 for x in results(run) if x is not None)
+    assert_equal_to_one_device(run)
 
 
 @pytest.mark.parametrize(

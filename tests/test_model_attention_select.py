@@ -34,11 +34,10 @@ RESULTS = "out", "dq", "dk", "dv", "dgates", "dcompressors"
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several tiles a block, several lanes a head and several parts of the scores."""
+    """Several tiles a block, and several parts of the scores."""
     monkeypatch.setattr(chunked, "MIN_BLOCK", 4)
     monkeypatch.setattr(chunked, "MAX_BLOCK", 4)
     monkeypatch.setattr(pairs, "TILE_ROWS", 8)
-    monkeypatch.setattr(pairs, "PAIR_FLOATS", 2000)
     monkeypatch.setattr(select, "SCORES", 3000)
     monkeypatch.setattr(layout, "TILE", 2)
 
@@ -252,7 +251,6 @@ def test_work_grows_with_the_blocks_chosen(monkeypatch, shards):
 
     kernel = types.SimpleNamespace(forward=forward, backward=chunked.backward)
     monkeypatch.setitem(attend.KERNELS, "counted", kernel)
-    monkeypatch.setattr(pairs, "PAIR_FLOATS", 2**24)
     tiles = {}
     for length in (256, 512):
         count = 0

@@ -28,6 +28,7 @@ from model.attention import (
     ulysses,
 )
 from model.attention.blocks import Pair
+from model.attention.pairs import Pairs
 from model.attention.picked import Picked
 from model.attention.spec import AttentionSpec, Heads, Where
 from model.flops import keys_seen
@@ -65,7 +66,7 @@ def attend(
         if spec.kind == "moba":
             axes = rules.axes("length")
             chosen_BTNC = select.moba(q_BTNH, k_BTKH, at, spec.block, spec.top, axes)
-            heads = heads._replace(chosen_BTMC=chosen_BTNC)
+            heads = heads._replace(chosen=chosen_BTNC)
         # The gradient of what all shards share is summed where it is made to vary.
         heads = jax.tree.map(lambda x_N: blocks.vary(x_N, q_BTNH), heads)
         return attention(q_BTNH, k_BTKH, v_BTKH, heads, at, at)
@@ -188,6 +189,17 @@ class Call(NamedTuple):
         pair = Pair(self.kernel, self.spec.mask, self.q_shape[-1] ** -0.5, self.spec.softcap)
         return Picked(pair, self.spec.block) if self.spec.top else pair
 
+    def once_sorted(self, attention: "Attention") -> "Attention":
+        """`attention`, its queries' choices sorted before: once for all hops."""
+        if not self.spec.top:
+            return attention
+
+        def run(q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at):
+            pairs = Pairs.of(heads.chosen, q_at)
+            return attention(q_BTNH, k_BTKH, v_BTKH, heads._replace(chosen=pairs), q_at, k_at)
+
+        return run
+
     @property
     def hops(self) -> int:
         size = self.rules.ring_size()
@@ -219,18 +231,19 @@ Attention = Callable[[jax.Array, jax.Array, jax.Array, Heads, Where, Where], jax
 
 
 def _local(call: Call) -> Attention:
-    return functools.partial(local.attention, call.pair)
+    return call.once_sorted(functools.partial(local.attention, call.pair))
 
 
 def _allgather(call: Call) -> Attention:
-    return functools.partial(gather.attention, call.rules.axes("length"), call.pair)
+    axes = call.rules.axes("length")
+    return call.once_sorted(functools.partial(gather.attention, axes, call.pair))
 
 
 def _ring(call: Call) -> Attention:
     rules = call.rules
     size = rules.ring_size()
     places = ring.Ring(rules.axes("length"), size, rules.ulysses, call.hops)
-    inner = functools.partial(ring.attention, places, call.pair)
+    inner = call.once_sorted(functools.partial(ring.attention, places, call.pair))
     return inner if rules.ulysses == 1 else _exchange(call, rules.ulysses, inner)
 
 

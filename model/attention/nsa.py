@@ -56,7 +56,7 @@ def attention(
     )
     how = dict(kernel=kernel, rules=rules)
     chosen_BTNH = attend.attend(
-        q_BTNH, k_BTKH, v_BTKH, at, spec, heads=Heads(chosen_BTMC=chosen_BTKC), **how
+        q_BTNH, k_BTKH, v_BTKH, at, spec, heads=Heads(chosen=chosen_BTKC), **how
     )
     near = sliding(spec.window, softcap=spec.softcap)
     near_BTNH = attend.attend(q_BTNH, k_BTKH, v_BTKH, at, near, **how)

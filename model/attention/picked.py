@@ -11,7 +11,7 @@ the house under its own mask. The tokens may stand in any order, and a shard may
 block: what it lacks is merged by log-sum-exp, as other strategies do.
 
 M heads choose for themselves (K <= M <= N); the G = N / M query heads of one share its C blocks.
-X lanes: a row, a head that chooses, and some of the queries. P pairs of a lane, R of a tile.
+A lane is a row and a head that chooses: X of them. A tile has R pairs.
 """
 
 import functools
@@ -22,15 +22,15 @@ import jax.numpy as jnp
 
 from model.attention import blocks
 from model.attention.blocks import Pair, Part
-from model.attention.pairs import Order, Pairs, Split, Tile
+from model.attention.pairs import Keys, Pairs, walk
 from model.attention.spec import Heads, Mask, Where
 
 
 class Picked(NamedTuple):
     """The forward and backward of `pair`, each query seeing only blocks that it chose.
 
-    `heads.chosen_BTMC` holds them: int32 numbers of blocks of `block` tokens, counted in the
-    query's own document; no block twice, and -1 is none.
+    `heads.chosen` are their `Pairs`: sorted before the strategy, once for all its hops. A query
+    chooses a block of `block` tokens of its own document at most once.
     """
 
     pair: Pair
@@ -42,90 +42,96 @@ class Picked(NamedTuple):
 
     def forward(self, q_BTNH, k_BSKH, v_BSKH, heads: Heads, q_at: Where, k_at: Where) -> Part:
         """(out [B, T, N, H], lse [B, T, N]) float32, as of `Pair`."""
-        split = Split(q_BTNH.shape, k_BSKH.shape[2], heads.chosen_BTMC.shape)
-        order = Order(k_at, self.block)
-        keys = order.sort(k_BSKH), order.sort(v_BSKH)
-        fresh = functools.partial(blocks.fresh, (q_BTNH, k_BSKH, v_BSKH, heads.chosen_BTMC, q_at))
+        lanes = _Lanes(q_BTNH, k_BSKH, heads.chosen)
+        keys = Keys(k_at, self.block)
+        kv_BKSH = keys.sort(k_BSKH), keys.sort(v_BSKH)
+        fresh = functools.partial(blocks.fresh, (q_BTNH, k_BSKH, v_BSKH, heads.chosen, q_at))
 
         def lane(args):
-            lane, slope_G, q_TGH, *chosen = args
-            pairs = Pairs.of(*chosen, self.block)
-            k_SH, v_SH = (x_BKSH[lane.row, lane.kv_head] for x_BKSH in keys)
-            tile = Tile(self.block, pairs, order.of_row(lane.row), q_TGH.shape[1])
+            row, kv_head, pairs, slope_G, q_TGH = args
+            kv_SH = [x[row, kv_head] for x in kv_BKSH]
 
-            def see(p, u, parts):
-                kv = tile.keys(u, k_SH, v_SH)
-                (q_RGH,), at = tile.queries(p, u, q_TGH)
-                part = self.pair.forward(q_RGH, *kv, Heads(slope_N=slope_G), *at)
-                return [tile.store(x, new[0], p) for x, new in zip(parts, part, strict=True)]
+            def see(tile, part):
+                kv = (tile.block(x_SH) for x_SH in kv_SH)
+                new = self.pair.forward(
+                    tile.rows(q_TGH), *kv, Heads(slope_N=slope_G), tile.q_at, tile.k_at
+                )
+                old = tuple(tile.rows(x) for x in part)
+                return [
+                    tile.put(x, x_1RG)
+                    for x, x_1RG in zip(part, blocks.merge(old, new), strict=True)
+                ]
 
-            T, G, H = q_TGH.shape
-            rows = pairs.size + tile.rows, G
-            parts = tile.walk(see, [fresh((*rows, H), 0.0), fresh(rows, -jnp.inf)])
-            out_PGH, lse_PG = parts
-            lse_TG = jax.nn.logsumexp(lse_PG[pairs.place_TC], axis=1)
-            # A query that saw nothing has lse -inf: keep -inf - -inf out.
-            safe_TG = jnp.where(jnp.isneginf(lse_TG), 0.0, lse_TG)
+            nothing = [fresh(q_TGH.shape, 0.0), fresh(q_TGH.shape[:2], -jnp.inf)]
+            return self._walk(pairs, q_at, keys, row, lanes.G, see, nothing)
 
-            def weighed(place_T):
-                return out_PGH[place_T] * jnp.exp(lse_PG[place_T] - safe_TG)[..., None]
-
-            return pairs.sum(weighed), lse_TG
-
-        lanes = (
-            split.lanes(),
-            split.slopes(heads.slope_N),
-            split.queries(q_BTNH),
-            *split.chosen(heads.chosen_BTMC, q_at),
-        )
-        return tuple(split.join(x) for x in jax.lax.map(lane, lanes))
+        parts = jax.lax.map(lane, lanes.of(heads.slope_N, q_BTNH))
+        return tuple(lanes.join(x_XTG) for x_XTG in parts)
 
     def backward(
         self, q_BTNH, k_BSKH, v_BSKH, heads: Heads, q_at: Where, k_at: Where, *done: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(dq, dk, dv) float32, as of `Pair`; `done` is (dout, lse, delta) of all keys."""
-        split = Split(q_BTNH.shape, k_BSKH.shape[2], heads.chosen_BTMC.shape)
-        order = Order(k_at, self.block)
-        keys = order.sort(k_BSKH), order.sort(v_BSKH)
+        lanes = _Lanes(q_BTNH, k_BSKH, heads.chosen)
+        keys = Keys(k_at, self.block)
+        kv_BKSH = keys.sort(k_BSKH), keys.sort(v_BSKH)
         fresh = functools.partial(
-            blocks.fresh, (q_BTNH, k_BSKH, v_BSKH, heads.chosen_BTMC, q_at, done[0])
+            blocks.fresh, (q_BTNH, k_BSKH, v_BSKH, heads.chosen, q_at, done[0])
         )
 
         def lane(dkv_BKSH, args):
-            lane, slope_G, (q_TGH, *done_TG), *chosen = args
-            pairs = Pairs.of(*chosen, self.block)
-            k_SH, v_SH = (x_BKSH[lane.row, lane.kv_head] for x_BKSH in keys)
-            tile = Tile(self.block, pairs, order.of_row(lane.row), q_TGH.shape[1])
+            row, kv_head, pairs, slope_G, q_TGH, *done_TG = args
+            kv_SH = [x[row, kv_head] for x in kv_BKSH]
 
-            def see(p, u, gradients):
-                dq_PGH, dk_SH, dv_SH = gradients
-                kv = tile.keys(u, k_SH, v_SH)
-                (q_RGH, *done_RG), at = tile.queries(p, u, q_TGH, *done_TG)
-                dq_1RGH, *dkv_1S1H = self.pair.backward(
-                    q_RGH, *kv, Heads(slope_N=slope_G), *at, *done_RG
+            def see(tile, gradients):
+                dq_TGH, *dkv_SH = gradients
+                kv = (tile.block(x_SH) for x_SH in kv_SH)
+                at = tile.q_at, tile.k_at
+                done_1RG = (tile.rows(x) for x in done_TG)
+                dq_1RGH, *dkv_1C1H = self.pair.backward(
+                    tile.rows(q_TGH), *kv, Heads(slope_N=slope_G), *at, *done_1RG
                 )
-                dkv_SH = (
-                    tile.add(x, new[0, :, 0], u)
-                    for x, new in zip((dk_SH, dv_SH), dkv_1S1H, strict=True)
-                )
-                return [tile.store(dq_PGH, dq_1RGH[0], p), *dkv_SH]
+                dkv_SH = (tile.add_block(x, new) for x, new in zip(dkv_SH, dkv_1C1H, strict=True))
+                return [tile.add(dq_TGH, dq_1RGH), *dkv_SH]
 
-            T, G, H = q_TGH.shape
-            start = [fresh((pairs.size + tile.rows, G, H), 0.0)]
-            start += [fresh(k_SH.shape, 0.0), fresh(v_SH.shape, 0.0)]
-            dq_PGH, *dkv_SH = tile.walk(see, start)
-            dkv_BKSH = [
-                x.at[lane.row, lane.kv_head].add(new)
-                for x, new in zip(dkv_BKSH, dkv_SH, strict=True)
-            ]
-            return dkv_BKSH, pairs.sum(lambda place_T: dq_PGH[place_T])
+            start = [fresh(q_TGH.shape, 0.0), *(x[row, kv_head] for x in dkv_BKSH)]
+            dq_TGH, *dkv_SH = self._walk(pairs, q_at, keys, row, lanes.G, see, start)
+            return [
+                x.at[row, kv_head].set(new) for x, new in zip(dkv_BKSH, dkv_SH, strict=True)
+            ], dq_TGH
 
-        lanes = (
-            split.lanes(),
-            split.slopes(heads.slope_N),
-            [split.queries(x) for x in (q_BTNH, *done)],
-            *split.chosen(heads.chosen_BTMC, q_at),
-        )
-        zero = [fresh(x.shape, 0.0) for x in keys]
-        dkv_BKSH, dq_XTGH = jax.lax.scan(lane, zero, lanes)
-        return split.join(dq_XTGH), *(order.unsort(x) for x in dkv_BKSH)
+        zero = [fresh(x.shape, 0.0) for x in kv_BKSH]
+        dkv_BKSH, dq_XTGH = jax.lax.scan(lane, zero, lanes.of(heads.slope_N, q_BTNH, *done))
+        return lanes.join(dq_XTGH), *(keys.unsort(x) for x in dkv_BKSH)
+
+    def _walk(self, pairs, q_at, keys, row, G, see, carry):
+        q_at = jax.tree.map(lambda x_BT: x_BT[row], q_at)
+        return walk(pairs, q_at, keys.of_row(row), self.block, G, see, carry)
+
+
+class _Lanes:
+    """How queries [B, T, N, ...] are cut into lanes [X, T, G, ...], and joined again."""
+
+    def __init__(self, q_BTNH: jax.Array, k_BSKH: jax.Array, pairs: Pairs):
+        self.B, _, N, _ = q_BTNH.shape
+        self.K, self.M = k_BSKH.shape[2], len(pairs.queries) // self.B
+        self.G, self.pairs = N // self.M, pairs
+
+    def of(self, slope_N: jax.Array | None, *xs_BTN: jax.Array):
+        """(row, kv head, pairs, slopes, queries ...) of each lane."""
+        row, head = jnp.indices((self.B, self.M), dtype=jnp.int32).reshape(2, -1)
+        slope_XG = None
+        if slope_N is not None:
+            slope_XG = jnp.tile(slope_N.reshape(self.M, self.G), (self.B, 1))
+        lanes = (self._split(x_BTN) for x_BTN in xs_BTN)
+        return row, head * self.K // self.M, self.pairs, slope_XG, *lanes
+
+    def _split(self, x_BTN: jax.Array) -> jax.Array:
+        B, T, _, *rest = x_BTN.shape
+        x_BMTG = jnp.moveaxis(x_BTN.reshape(B, T, self.M, self.G, *rest), 2, 1)
+        return x_BMTG.reshape(B * self.M, T, self.G, *rest)
+
+    def join(self, x_XTG: jax.Array) -> jax.Array:
+        _, T, _, *rest = x_XTG.shape
+        x_BTMG = jnp.moveaxis(x_XTG.reshape(self.B, self.M, T, self.G, *rest), 1, 2)
+        return x_BTMG.reshape(self.B, T, self.M * self.G, *rest)

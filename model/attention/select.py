@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from model.attention import blocks
 from model.attention.spec import Where
 
-SCORES = 2**22  # of queries and blocks at once: 16 MiB
+SCORES = 2**25  # of queries and blocks at once: 128 MiB
 FORCED = 3  # blocks that NSA sees anyway: the own, the one before it, the first
 
 

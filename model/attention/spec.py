@@ -6,7 +6,7 @@ segment 0 is padding (or an empty cache slot): it sees nothing and nothing sees 
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -25,7 +25,7 @@ class Heads(NamedTuple):
 
     sink_N: jax.Array | None = None  # float32, learned logit of a key of value zero (gpt-oss)
     slope_N: jax.Array | None = None  # float32, ALiBi: score - slope * distance
-    chosen_BTMC: jax.Array | None = None  # int32, blocks that each query sees (picked.py)
+    chosen: Any = None  # int32 [B, T, M, C], blocks that a query sees, or Pairs (pairs.py)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,9 +42,7 @@ def attention(
         x_BTKH = jnp.repeat(x_BTKH, max(1, degree // x_BTKH.shape[2]), axis=2)
         return jax.lax.all_to_all(x_BTKH, split_axis=2, concat_axis=1, **how)
 
-    q_BSNH, k_BSKH, v_BSKH, chosen_BSMC = jax.tree.map(
-        deal, (q_BTNH, k_BTKH, v_BTKH, heads.chosen_BTMC)
-    )
+    q_BSNH, k_BSKH, v_BSKH, chosen_BSMC = jax.tree.map(deal, (q_BTNH, k_BTKH, v_BTKH, heads.chosen))
     at = jax.tree.map(lambda x: jax.lax.all_gather(x, axis=1, **how), q_at)
     mine = q_BSNH.shape[2]
     first = jax.lax.axis_index(axes) % degree * mine

@@ -2,11 +2,13 @@
 
     python -m bench.attention [--torch_python=PATH] [--rounds=5] [--lengths=2048,8192,32768]
 
-Ours are `chunked` and, over 4 simulated devices, `ring`. The peers are PyTorch's
+Ours are `chunked` and, over 4 simulated devices, `ring`; beside full attention also MoBA (4 blocks
+of 512) and NSA (as in its paper), which see less. The peers are PyTorch's
 scaled_dot_product_attention and compiled flex_attention (`pip install torch`, here or in the
 environment of --torch_python) and jax.nn.dot_product_attention, whose scores fill memory beyond
 8K. All work in turns, each in a process of its own; medians count. GFLOP/s are of useful work:
-pairs that the mask allows, 2 products forward and 5 backward.
+pairs that the mask allows, 2 products forward and 5 backward; for MoBA and NSA of the same pairs,
+which they need not compute: there the ratio says what is saved.
 """
 
 import argparse
@@ -22,6 +24,8 @@ DENSE_LIMIT = 8192  # the scores of 32K would be 34 GB
 IMPLEMENTATIONS = (
     ("chunked", "bench.attention_ours", "chunked"),
     ("ring x4", "bench.attention_ring", "ring"),
+    ("moba", "bench.attention_ours", "moba"),
+    ("nsa", "bench.attention_ours", "nsa"),
     ("jax.nn", "bench.attention_ours", "jax"),
     ("torch sdpa", "bench.attention_torch", "sdpa"),
     ("torch flex", "bench.attention_torch", "flex"),
@@ -56,8 +60,8 @@ def can(implementation: str, length: int, window: int, backward: bool) -> bool:
         return length <= DENSE_LIMIT and not window
     if implementation == "flex":
         return bool(window) and not backward  # its CPU backward raises NotImplementedError
-    if implementation == "sdpa":
-        return not window  # only a dense mask would do
+    if implementation in ("sdpa", "moba", "nsa"):
+        return not window  # for sdpa only a dense mask would do
     return True
 
 

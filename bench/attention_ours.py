@@ -1,4 +1,4 @@
-"""Worker of bench.attention: `chunked`, and jax.nn.dot_product_attention."""
+"""Worker of bench.attention: `chunked`, MoBA, NSA, and jax.nn.dot_product_attention."""
 
 import functools
 from collections.abc import Callable
@@ -11,21 +11,33 @@ from bench import attention as bench
 from bench import turns
 from core import backend
 from core.sharding import MeshConfig, make_mesh, training
+from model.attention import nsa, spec
 from model.attention.attend import attend
-from model.attention.spec import Where, full, sliding
+from model.attention.spec import Where
 
 
-def ours(window: int, at: Where, strategy: str, *qkv: jax.Array) -> jax.Array:
-    """`attend`, as a layer calls it."""
-    spec = sliding(window) if window else full()
-    return attend(*qkv, at, spec, kernel="chunked", rules=training(strategy))
+def ours(implementation: str, window: int, at: Where, *qkv: jax.Array) -> jax.Array:
+    """`attend`, or native sparse attention, as a layer calls it."""
+    how = dict(kernel="chunked", rules=training("ring" if implementation == "ring" else "local"))
+    if implementation == "nsa":
+        gates_BTN3 = jnp.full_like(qkv[0][..., :3], 1 / 3)
+        return nsa.attention(*qkv, gates_BTN3, compressors(), at, spec.nsa(), **how)
+    if implementation == "moba":
+        return attend(*qkv, at, spec.moba(512, 4), **how)
+    return attend(*qkv, at, spec.sliding(window) if window else spec.full(), **how)
+
+
+def compressors() -> tuple[nsa.Compressor, nsa.Compressor]:
+    """Of K and of V, as good as untrained."""
+    places, square = jnp.zeros((spec.nsa().compress, bench.WIDTH)), jnp.eye(bench.WIDTH) / 8
+    return (nsa.Compressor(places, square, square),) * 2
 
 
 def theirs(*qkv: jax.Array) -> jax.Array:
     """On the one device of the mesh, whose axes it does not know."""
-    spec = training()("batch", "length", "act_heads", None)
+    place = training()("batch", "length", "act_heads", None)
     attention = functools.partial(jax.nn.dot_product_attention, is_causal=True)
-    return jax.shard_map(attention, in_specs=(spec,) * 3, out_specs=spec)(*qkv)
+    return jax.shard_map(attention, in_specs=(place,) * 3, out_specs=place)(*qkv)
 
 
 @functools.cache
@@ -38,8 +50,8 @@ def program(implementation: str, length: int, window: int, backward: bool) -> Ca
     )
     at = Where(jnp.arange(length, dtype=jnp.int32)[None], jnp.ones((1, length), jnp.int32))
     at = jax.device_put(at, training()("batch", "length"))
-    strategy = "ring" if implementation == "ring" else "local"
-    attention = theirs if implementation == "jax" else functools.partial(ours, window, at, strategy)
+    mine = functools.partial(ours, implementation, window, at)
+    attention = theirs if implementation == "jax" else mine
 
     def run(q, k, v, dout):
         if not backward:

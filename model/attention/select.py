@@ -153,25 +153,26 @@ def nsa(
         B, t, N, H = q_BtNH.shape
         K = compressed_BZKH.shape[2]
         q_BtKGH = (q_BtNH * scale).reshape(B, t, K, N // K, H)
-        s_BtKGZ = jnp.einsum(
-            "BtKGH,BZKH->BtKGZ", q_BtKGH, compressed_BZKH, preferred_element_type=jnp.float32
+        # Slots before queries: what is taken below are whole rows.
+        s_BKZtG = jnp.einsum(
+            "BZKH,BtKGH->BKZtG", compressed_BZKH, q_BtKGH, preferred_element_type=jnp.float32
         )
         if softcap:
-            s_BtKGZ = softcap * jnp.tanh(s_BtKGZ / softcap)
+            s_BKZtG = softcap * jnp.tanh(s_BKZtG / softcap)
         ends = of.ends_at
-        seen_BtZ = (ends.segments_BT[:, None] == at.segments_BT[..., None]) & (
-            ends.positions_BT[:, None] <= at.positions_BT[..., None]
+        seen_BZt = (ends.segments_BT[..., None] == at.segments_BT[:, None]) & (
+            ends.positions_BT[..., None] <= at.positions_BT[:, None]
         )
-        seen_Bt11Z = seen_BtZ[:, :, None, None]
-        s_BtKGZ = jnp.where(seen_Bt11Z, s_BtKGZ, -jnp.inf)
-        high_BtKG1 = jnp.maximum(s_BtKGZ.max(-1, keepdims=True), jnp.finfo(jnp.float32).min)
-        p_BtKGZ = jnp.exp(s_BtKGZ - high_BtKG1)
-        p_BtKGZ /= jnp.maximum(p_BtKGZ.sum(-1, keepdims=True), 1e-30)
-        p_BtKZ = p_BtKGZ.sum(3)
-        return sum(
-            (min(move + size, length) - max(move, 0)) * _take(p_BtKZ, slot_BZ + move)
+        s_BKZtG = jnp.where(seen_BZt[:, None, :, :, None], s_BKZtG, -jnp.inf)
+        high_BK1tG = jnp.maximum(s_BKZtG.max(2, keepdims=True), jnp.finfo(jnp.float32).min)
+        p_BKZtG = jnp.exp(s_BKZtG - high_BK1tG)
+        p_BKZtG /= jnp.maximum(p_BKZtG.sum(2, keepdims=True), 1e-30)
+        p_BKZt = p_BKZtG.sum(-1)
+        importance_BKYt = sum(
+            (min(move + size, length) - max(move, 0)) * _take(p_BKZt, slot_BZ + move)
             for move in moves
         )
+        return jnp.moveaxis(importance_BKYt, 3, 1)
 
     choose = functools.partial(_best, of=whole, block=block, count=top - FORCED, low=1, back=2)
     chosen = _in_parts(scores, choose, q_BTNH, at, of.segments_BZ.shape[1])
@@ -221,12 +222,14 @@ def _in_parts(scores, choose, q_BTNH: jax.Array, at: Where, Z: int) -> jax.Array
     return chosen.reshape(B, parts * t, *chosen.shape[3:])[:, :T]
 
 
-def _take(p_BtKZ: jax.Array, slot_BY: jax.Array) -> jax.Array:
-    """[B, t, K, Y]; 0 where there is no such slot."""
-    Z = p_BtKZ.shape[-1]
-    found = jax.vmap(lambda p_tKZ, slot_Y: p_tKZ[..., slot_Y])(p_BtKZ, jnp.clip(slot_BY, 0, Z - 1))
+def _take(p_BKZt: jax.Array, slot_BY: jax.Array) -> jax.Array:
+    """[B, K, Y, t]; 0 where there is no such slot."""
+    Z = p_BKZt.shape[2]
+    found_BKYt = jax.vmap(lambda p_KZt, slot_Y: p_KZt[:, slot_Y])(
+        p_BKZt, jnp.clip(slot_BY, 0, Z - 1)
+    )
     inside_BY = (slot_BY >= 0) & (slot_BY < Z)
-    return jnp.where(inside_BY[:, None, None], found, 0.0)
+    return jnp.where(inside_BY[:, None, :, None], found_BKYt, 0.0)
 
 
 def _gather(x_BT: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model import rope
-from model.attention.attend import attend, attend_cached
+from model.attention.attend import attend
+from model.attention.cached import attend_cached
 from model.attention.decode import Stored
 from model.attention.spec import AttentionSpec, Heads, Where
 from model.linear import project

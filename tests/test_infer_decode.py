@@ -1,6 +1,7 @@
 """Decoding against a plain loop of whole forward passes; prompts, stops, streams and refusals."""
 
 import dataclasses
+import functools
 import io
 import json
 from types import SimpleNamespace
@@ -111,13 +112,20 @@ def test_rows_end_at_eos_and_the_others_go_on(one_device):
     assert len(ended[2]) == 4
 
 
-def test_a_mesh_decodes_as_one_device():
-    results = []
-    for sizes in ((1, 1, 1), (2, 1, 2)):  # data and model; a row that only fills the batch
-        with jax.set_mesh(make_mesh(sizes)):
-            results.append(generate(cases.random_model(), PROMPTS[1:], PENALTIES, batch=3))
-    assert results[0][0] == results[1][0]
-    np.testing.assert_allclose(results[0][1][:3], results[1][1][:3], atol=1e-4)
+@functools.cache
+def of_mesh(sizes):
+    """(tokens, log-probabilities) of three prompts on this mesh."""
+    with jax.set_mesh(make_mesh(sizes)):
+        return generate(cases.random_model(), PROMPTS[1:], PENALTIES, batch=3)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 2), (2, 2, 2), (1, 8, 1)], ids=str)
+def test_a_mesh_decodes_as_one_device(sizes):
+    """Rows, length and heads sharded; a row that only fills the batch, chunks that go to seq."""
+    tokens, logprobs_BC = of_mesh(sizes)
+    expected, expected_BC = of_mesh((1, 1, 1))
+    assert tokens == expected
+    np.testing.assert_allclose(logprobs_BC[:3], expected_BC[:3], atol=1e-4)
 
 
 def test_output_rows(bundle, tmp_path, tokenizer, capsys):

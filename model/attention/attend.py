@@ -15,8 +15,8 @@ import numpy as np
 from core import hardware
 from core.config import Unsupported, UserError
 from core.sharding import Rules
-from model.attention import blocks, chunked, cost, decode, gather, local, reference, ring, ulysses
-from model.attention.blocks import Pair
+from model.attention import blocks, chunked, cost, gather, local, reference, ring, ulysses
+from model.attention.blocks import Pair, Part
 from model.attention.spec import AttentionSpec, Heads, Where
 from model.flops import keys_seen
 
@@ -40,10 +40,7 @@ def attend(
 
     Arguments are sharded by `rules`; N is a multiple of K, and both divide over act_heads.
     """
-    call = Call(
-        KERNELS[_kernel(kernel)], spec, rules, q_BTNH.shape, k_BTKH.shape[2], q_BTNH.dtype.itemsize
-    )
-    attention = STRATEGIES[_strategy(call)](call)
+    attention = Call.of(q_BTNH, k_BTKH, spec, kernel, rules).way.attention
     q_spec = rules("batch", "length", "act_heads", None)
     kv_spec = rules("batch", "length", "act_kv_heads", None)
     at_spec = Where(rules("batch", "length"), rules("batch", "length"))
@@ -57,56 +54,6 @@ def attend(
     return jax.shard_map(
         of_device, in_specs=(q_spec, kv_spec, kv_spec, heads_spec, at_spec), out_specs=q_spec
     )(q_BTNH, k_BTKH, v_BTKH, heads, at)
-
-
-def attend_cached(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    at: Where,
-    cache: decode.Stored,
-    spec: AttentionSpec,
-    *,
-    kernel: str,
-    rules: Rules,
-    heads: Heads = Heads(),  # noqa: B008 (immutable)
-) -> jax.Array:
-    """out [B, T, N, H]: new tokens attend to what `cache` holds and to each other.
-
-    The cache is only read: the caller writes the new keys and values after the last layer, so
-    that a ring buffer never loses a key that a token of the same chunk still sees.
-    """
-    _check_cached(spec, q_BTNH.shape[1])
-    pair = Pair(KERNELS[_kernel(kernel)], spec.mask, q_BTNH.shape[-1] ** -0.5, spec.softcap)
-
-    def merged(q_BTNH, k_BTKH, v_BTKH, heads, at, cache):
-        old = decode.forward(q_BTNH, cache, heads, at, pair)
-        new = pair.forward(q_BTNH, k_BTKH, v_BTKH, heads, at, at)
-        return blocks.add_sink(blocks.merge(old, new), heads)[0].astype(q_BTNH.dtype)
-
-    q_spec = rules("batch", None, "act_heads", None)
-    kv_spec = rules("batch", None, "act_kv_heads", None)
-    at_spec = Where(rules("batch", None), rules("batch", None))
-    heads_spec = jax.tree.map(lambda _: rules("act_heads"), heads)
-    cache_spec = decode.Stored.sharding(rules)
-    in_specs = q_spec, kv_spec, kv_spec, heads_spec, at_spec, cache_spec
-    return jax.shard_map(merged, in_specs=in_specs, out_specs=q_spec)(
-        q_BTNH, k_BTKH, v_BTKH, heads, at, cache
-    )
-
-
-def _check_cached(spec: AttentionSpec, tokens: int) -> None:
-    """Unsupported where what a token sees is not there yet when it is read."""
-    if spec.kind == "bidirectional":
-        raise Unsupported(
-            "kind='bidirectional' sees what comes later, so it cannot be decoded token by token: "
-            "run it without a cache, or take kind='full' or 'prefix'"
-        )
-    if 1 < tokens < spec.prefix:
-        raise Unsupported(
-            f"kind='prefix' with prefix={spec.prefix} in prefill chunks of {tokens} tokens: a "
-            "chunk must hold the whole prefix; raise the chunk, or shorten the prefix"
-        )
 
 
 def _kernel(name: str) -> str:
@@ -156,6 +103,19 @@ class Call(NamedTuple):
     num_kv_heads: int
     itemsize: int
 
+    @classmethod
+    def of(
+        cls, q_BTNH: jax.Array, k_BTKH: jax.Array, spec: AttentionSpec, kernel: str, rules: Rules
+    ) -> "Call":
+        """The call for these arrays."""
+        how = KERNELS[_kernel(kernel)]
+        return cls(how, spec, rules, q_BTNH.shape, k_BTKH.shape[2], q_BTNH.dtype.itemsize)
+
+    @property
+    def way(self) -> "Way":
+        """What the strategy that `rules` ask for, or that is chosen for them, does."""
+        return STRATEGIES[_strategy(self)](self)
+
     @property
     def pair(self) -> Pair:
         return Pair(self.kernel, self.spec.mask, self.q_shape[-1] ** -0.5, self.spec.softcap)
@@ -186,31 +146,39 @@ class Call(NamedTuple):
         )
 
 
-# attention(q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at) -> out_BTNH of the tokens of one device.
-Attention = Callable[[jax.Array, jax.Array, jax.Array, Heads, Where, Where], jax.Array]
+class Way(NamedTuple):
+    """A strategy at work on one device: f(q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at) of its tokens.
+
+    `attention` gives out in q's dtype, the sinks counted in, and can be differentiated; `part`
+    gives (out, lse) in float32 without sinks, to be merged with what else the tokens see.
+    """
+
+    attention: Callable[..., jax.Array]
+    part: Callable[..., Part]
 
 
-def _local(call: Call) -> Attention:
-    return functools.partial(local.attention, call.pair)
+def _local(call: Call) -> Way:
+    return Way(functools.partial(local.attention, call.pair), call.pair.forward)
 
 
-def _allgather(call: Call) -> Attention:
-    return functools.partial(gather.attention, call.rules.axes("length"), call.pair)
+def _allgather(call: Call) -> Way:
+    axes = call.rules.axes("length")
+    return Way(*(functools.partial(f, axes, call.pair) for f in (gather.attention, gather.forward)))
 
 
-def _ring(call: Call) -> Attention:
+def _ring(call: Call) -> Way:
     rules = call.rules
     size = rules.ring_size()
     places = ring.Ring(rules.axes("length"), size, rules.ulysses, call.hops)
-    inner = functools.partial(ring.attention, places, call.pair)
-    return inner if rules.ulysses == 1 else _exchange(call, rules.ulysses, inner)
+    way = Way(*(functools.partial(f, places, call.pair) for f in (ring.attention, ring.forward)))
+    return way if rules.ulysses == 1 else _exchange(call, rules.ulysses, way)
 
 
-def _ulysses(call: Call) -> Attention:
+def _ulysses(call: Call) -> Way:
     return _exchange(call, call.rules.size("length"), _local(call))
 
 
-def _exchange(call: Call, degree: int, inner: Attention) -> Attention:
+def _exchange(call: Call, degree: int, inner: Way) -> Way:
     rules = call.rules
     N = call.q_shape[2] // rules.size("act_heads")
     K = call.num_kv_heads // rules.size("act_kv_heads")
@@ -222,10 +190,11 @@ def _exchange(call: Call, degree: int, inner: Attention) -> Attention:
             "Use mesh.strategy='ring' with mesh.ulysses=1, or 'allgather', for any heads"
         )
     groups = np.arange(rules.size("length")).reshape(-1, degree).tolist()
-    return functools.partial(ulysses.attention, rules.axes("length"), groups, inner)
+    exchanged = functools.partial(ulysses.attention, rules.axes("length"), groups)
+    return Way(*(functools.partial(exchanged, f) for f in inner))
 
 
-STRATEGIES: dict[str, Callable[[Call], Attention]] = {
+STRATEGIES: dict[str, Callable[[Call], Way]] = {
     "local": _local,
     "allgather": _allgather,
     "ring": _ring,

@@ -44,13 +44,17 @@ class Slot:
         stays_BT &= (new_BT < first) | (new_BT >= end_B1 - ring)
         index_BT = jnp.where(new_BT < first, new_BT, first + (new_BT - first) % ring)
         index_BT = jnp.where(stays_BT, index_BT, S)  # S is out of bounds: dropped
-        row_B1 = jnp.arange(B)[:, None]
 
         def put(x_LBKSH, new_LBTKH):
-            new_BTLKH = jnp.moveaxis(new_LBTKH, 0, 2)
-            return x_LBKSH.at[:, row_B1, :, index_BT].set(new_BTLKH, mode="drop")
+            # Every dim but H is indexed. With a window over L and K a TPU would lay out the whole
+            # cache anew for this write, and back for the next read.
+            L, _, K, _, _ = x_LBKSH.shape
+            layer, row, _, head = jnp.ogrid[:L, :B, :1, :K]
+            place = layer, row, head, index_BT[None, :, :, None]
+            return x_LBKSH.at[place].set(new_LBTKH, mode="drop")
 
-        positions_BS = self.positions_BS.at[row_B1, index_BT].set(at.positions_BT, mode="drop")
+        place = jnp.arange(B)[:, None], index_BT
+        positions_BS = self.positions_BS.at[place].set(at.positions_BT, mode="drop")
         k_LBKSH, v_LBKSH = put(self.k_LBKSH, k_LBTKH), put(self.v_LBKSH, v_LBTKH)
         return Slot(k_LBKSH, v_LBKSH, positions_BS, self.sinks)
 

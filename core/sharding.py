@@ -22,6 +22,7 @@ from core.config import Section, UserError, setting
 AXES = ("data", "seq", "model")
 Strategy = Literal["auto", "local", "allgather", "ring", "ulysses"]
 Layout = Literal["contiguous", "zigzag", "striped", "multizigzag"]
+Order = Layout | Literal["dealt"]  # to the shards of the cache, token by token: model/cache.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Rules:
     # How attention crosses `length`, and in which order its tokens stand (data/layout.py).
     strategy: Strategy = "auto"
     ulysses: int = 1
-    layout: Layout = "contiguous"
+    layout: Order = "contiguous"
 
     def __call__(self, *names: str | None) -> PartitionSpec:
         """The PartitionSpec of an array whose dims have these logical names (None: whole)."""
@@ -159,9 +160,18 @@ def training(strategy: Strategy = "auto", ulysses: int = 1, layout: Layout = "co
     return Rules(strategy=strategy, ulysses=ulysses, layout=layout)
 
 
+def prefilling(strategy: Strategy = "auto", ulysses: int = 1) -> Rules:
+    """Rows over data, their chunks and the cache's length over seq, heads over model.
+
+    Weights are whole but for the model axis.
+    """
+    how = dict(strategy=strategy, ulysses=ulysses, layout="dealt")
+    return Rules(embed=None, kv_length="seq", **how)
+
+
 def decoding() -> Rules:
-    """Rows over data and seq, heads over model; weights are whole but for the model axis."""
-    return Rules(embed=None, batch=("data", "seq"), length=None, strategy="local")
+    """The same for new tokens that come one by one: each is on all shards of the cache."""
+    return dataclasses.replace(prefilling(), length=None)
 
 
 def whole() -> Rules:

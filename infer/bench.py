@@ -51,7 +51,8 @@ NOTES = """\
 - Context: tokens that each row holds when decoding is timed. Speeds are of all rows together.
 - Prefill: time to read the context, in chunks. Decode: median of {repeats} calls of {steps} tokens.
   Compilation is left out of both.
-- KV cache: keys and values of the tokens that are kept; a sliding layer keeps its window alone.
+- KV cache: keys and values of the tokens that are kept, over all devices; a sliding layer keeps
+  its window alone.
 - Memory: weights, KV cache of this context and XLA's temporaries, on one device.
 - Weights: {weights}. Speed only: this says nothing of quality at contexts beyond training.
 """
@@ -94,10 +95,11 @@ def open_model(experiment: Experiment) -> tuple[Transformer, str]:
     """The model and where its weights are from: the bundle, or random when there is none."""
     config: BenchConfig = experiment.bench
     path = config.checkpoint or experiment.workdir
+    rules = sharding.prefilling(experiment.mesh.strategy, experiment.mesh.ulysses)
     if config.checkpoint or config.step is not None or (Path(path) / CONFIG).is_file():
         found = load.find(path, config.step)
-        return load.restore(found), f"{path} step {found.step}"
-    model = transformer.create(experiment.model, sharding.decoding(), jax.random.key(0))
+        return load.restore(found, rules), f"{path} step {found.step}"
+    model = transformer.create(experiment.model, rules, jax.random.key(0))
     return load.in_compute_dtype(model, experiment.model), f"random, as {path} is no bundle"
 
 
@@ -121,11 +123,10 @@ def sweep(model: Transformer, attention: str, config: BenchConfig) -> Iterator[d
     """
     contexts = sorted(set(config.contexts))
     room = STEPS * (config.repeats + 1)
-    shards = model.rules.size("batch")
-    batch = math.ceil(config.batch_size / shards) * shards
-    plan = Plan(batch, contexts[-1] + room, min(config.prefill_chunk, contexts[0]))
+    chunk = min(config.prefill_chunk, contexts[0])
+    plan = Plan.of(config.batch_size, contexts[-1], room, chunk)
     engine = Engine(model, plan, how=Sampling(temperature=0))
-    shape = (batch, contexts[-1])
+    shape = (plan.batch, contexts[-1])
     tokens_BT = np.random.default_rng(0).integers(0, model.config.vocab_size, shape, np.int32)
     jax.block_until_ready(engine.prefill(tokens_BT[:, : plan.chunk]))  # compiles and warms up
     now, done, seconds = engine.empty(), 0, 0.0
@@ -158,7 +159,7 @@ def report_row(
 ) -> dict[str, Any]:
     """The measured row; None is what is not known here."""
     config, batch = engine.model.config, engine.plan.batch
-    theory = cache.kv_bytes(config, batch, context)
+    theory = cache.kv_bytes(config, batch, context, engine.model.rules)
     on_device = theory * device_bytes(kv.slots) // tree.num_bytes(kv.slots)
     tokens = batch * context
     return {
@@ -169,6 +170,7 @@ def report_row(
         "prefill_tokens_per_second": tokens / prefill,
         "decode_ms_per_token": 1e3 * decode,
         "kv_bytes_theory": theory,
+        "kv_bytes_per_device": on_device,
         "kv_bytes_live": live_bytes(kv),
         "peak_bytes": device_bytes(engine.model) + on_device + engine.temporary_bytes(),
         "mfu": prefill_mfu(config, context, tokens / prefill),

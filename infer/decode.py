@@ -18,7 +18,7 @@ from rich.console import Console
 from core import cli, tree
 from core.checkpoint import write_text
 from core.config import Experiment, UserError
-from core.sharding import MeshConfig, make_mesh
+from core.sharding import MeshConfig, make_mesh, prefilling
 from data.tokenizer import Tokenizer
 from infer import load, text
 from infer.config import DecodeConfig
@@ -80,7 +80,8 @@ def main(experiment: Experiment) -> list[dict]:
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(make_mesh(experiment.mesh)):
-        model = load.restore(found)
+        mesh = experiment.mesh
+        model = load.restore(found, prefilling(mesh.strategy, mesh.ulysses))
         longest = max(len(prompt.tokens) for prompt in prompts)
         num_rows = min(config.batch_size, len(prompts) * config.n)
         plan = Plan.of(num_rows, longest, config.max_tokens, config.prefill_chunk)

@@ -15,28 +15,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from core import sharding
+from core import sharding, tree
 from data.tokenizer import Tokenizer
 from infer import steps
 from infer.sampling import Counts, Sampling
 from infer.steps import Prefilled, State
-from model import cache
+from model import cache, transformer
 from model.transformer import Transformer
 
 
 class Plan(NamedTuple):
     """The shapes that an engine compiles for."""
 
-    batch: int  # rows, a multiple of the mesh's data * seq
+    batch: int  # rows, a multiple of mesh.data
     length: int  # tokens a row, prompt and new ones
-    chunk: int  # tokens a row in one prefill step
+    chunk: int  # tokens a row in one prefill step, a multiple of mesh.seq
 
     @classmethod
     def of(cls, rows: int, prompt: int, new: int, chunk: int) -> "Plan":
-        """Rows up to what the mesh divides; chunks no longer than the prompts, in powers of 2."""
-        shards = sharding.decoding().size("batch")
-        chunk = min(chunk, max(16, 2 ** math.ceil(math.log2(max(prompt, 1)))))
-        return cls(math.ceil(rows / shards) * shards, prompt + new, chunk)
+        """Rows and chunks up to what the mesh divides; no chunk needs to be longer than `prompt`:
+        those that are get its next power of 2, so that few lengths are compiled for.
+        """
+        rules = sharding.prefilling()
+        shortest = max(16, 2 ** math.ceil(math.log2(max(prompt, 1))))
+        batch, chunk = (
+            math.ceil(size / rules.size(name)) * rules.size(name)
+            for size, name in ((rows, "batch"), (min(chunk, shortest), "length"))
+        )
+        return cls(batch, prompt + new, chunk)
 
 
 def _keys(seed: jax.Array, sample_B: jax.Array) -> jax.Array:
@@ -54,6 +60,9 @@ class Engine:
         how: Sampling = Sampling(),  # noqa: B008 (frozen)
     ):
         self.model, self.plan, self._how = model, plan, how
+        # The same weights, under the rules by which new tokens come one at a time.
+        one_by_one = transformer.abstract(model.config, sharding.decoding())
+        self._decoder = tree.with_leaves(one_by_one, tree.named_leaves(model))
         static = dict(
             how=how,
             eos=tokenizer.eos if tokenizer else -1,
@@ -148,7 +157,7 @@ class Engine:
         self, state: State, stopped_B: np.ndarray
     ) -> tuple[State, tuple[jax.Array, jax.Array, jax.Array]]:
         """One call of the decode loop, under way when this returns; `state` is used up."""
-        state, *out = self._run("advance", self.model, state, self.place(stopped_B.copy()))
+        state, *out = self._run("advance", self._decoder, state, self.place(stopped_B.copy()))
         return state, tuple(out)
 
     def decode(

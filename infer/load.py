@@ -2,7 +2,7 @@
 
 found = find("runs/quickstart")  # config and tokenizer, no weights yet
 with jax.set_mesh(make_mesh(MeshConfig())):
-    model = restore(found)
+    model = restore(found, prefilling())
 """
 
 from pathlib import Path
@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import jax
 
-from core import sharding, tree
+from core import tree
 from core.checkpoint import Bundle
 from core.config import UserError
+from core.sharding import Rules, prefilling
 from data.tokenizer import Tokenizer
 from model import transformer
 from model.config import ModelConfig
@@ -45,11 +46,11 @@ def find(path: str | Path, step: int | None = None) -> Found:
     return found
 
 
-def restore(found: Found) -> Transformer:
-    """The weights, placed for decoding on the mesh in use."""
+def restore(found: Found, rules: Rules) -> Transformer:
+    """The weights in the compute dtype, placed by `rules` on the mesh in use."""
     bundle = Bundle(found.path)
     try:
-        abstract = transformer.abstract(found.config, sharding.decoding())
+        abstract = transformer.abstract(found.config, rules)
         abstract = in_compute_dtype(abstract, found.config)
         return bundle.restore(found.step, model=abstract)["model"]
     finally:
@@ -61,7 +62,7 @@ def load(
 ) -> tuple[Transformer, Tokenizer | None, ModelConfig, int]:
     """(model, tokenizer, config, step) of a bundle, on the mesh in use."""
     found = find(path, step)
-    return restore(found), found.tokenizer, found.config, found.step
+    return restore(found, prefilling()), found.tokenizer, found.config, found.step
 
 
 def in_compute_dtype(model: Transformer, config: ModelConfig) -> Transformer:

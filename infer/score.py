@@ -19,10 +19,11 @@ import numpy as np
 from core import cli
 from core.checkpoint import write_text
 from core.config import Experiment, UserError
-from core.sharding import MeshConfig, make_mesh
+from core.sharding import MeshConfig, make_mesh, prefilling
 from infer import load, steps, text
 from infer.config import ScoreConfig
 from infer.engine import Engine, Plan
+from model import cache
 from model.cache import KVCache
 from model.transformer import Transformer
 
@@ -48,7 +49,8 @@ def main(experiment: Experiment) -> list[dict]:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     with jax.set_mesh(make_mesh(experiment.mesh)):
-        model = load.restore(found)
+        mesh = experiment.mesh
+        model = load.restore(found, prefilling(mesh.strategy, mesh.ulysses))
         size = min(config.batch_size, len(rows))
         plan = Plan.of(size, max(map(len, rows)), 0, config.prefill_chunk)
         scorer = Scorer(Engine(model, plan))
@@ -91,18 +93,29 @@ def score_chunk(
     length_B: jax.Array,
 ) -> tuple[KVCache, jax.Array]:
     """(cache, float32 [B, T]): the log-probability of each target after its token."""
+    rules = model.rules
     hidden_BTD, _, kv = steps.run_chunk(model, kv, tokens_BT, start, length_B)
-    B, T, D = hidden_BTD.shape
-    size = math.gcd(T, LOGITS)
+    targets_BT = cache.deal(targets_BT, start, rules)
+    B, T, _ = hidden_BTD.shape
+    P = rules.size("length")
+    size = math.gcd(T // P, LOGITS)
+
+    def split(x_BT):
+        """[Z, B, C, ...]: Z parts, with C / P tokens of every shard in each."""
+        rest = x_BT.shape[2:]
+        place = rules("batch", "length", None, None, *[None] * len(rest))
+        x_BPZ = jnp.reshape(x_BT, (B, P, -1, size, *rest), out_sharding=place)
+        place = rules(None, "batch", "length", *[None] * len(rest))
+        shape = (-1, B, P * size, *rest)
+        return jnp.reshape(jnp.moveaxis(x_BPZ, 2, 0), shape, out_sharding=place)
 
     def some(args):
         hidden_BCD, targets_BC = args
         return steps.token_logprobs(model.logits(hidden_BCD), targets_BC)
 
-    hidden_ZBCD = jnp.moveaxis(hidden_BTD.reshape(B, T // size, size, D), 1, 0)
-    targets_ZBC = jnp.moveaxis(targets_BT.reshape(B, T // size, size), 1, 0)
-    logprobs_ZBC = jax.lax.map(some, (hidden_ZBCD, targets_ZBC))
-    return kv, jnp.moveaxis(logprobs_ZBC, 0, 1).reshape(B, T)
+    logprobs_ZBC = jax.lax.map(some, (split(hidden_BTD), split(targets_BT)))
+    logprobs_BPZ = jnp.moveaxis(logprobs_ZBC.reshape(-1, B, P, size), 0, 2)
+    return kv, cache.collect(logprobs_BPZ.reshape(B, T), start, rules)
 
 
 def result(tokens: np.ndarray, logprobs: np.ndarray) -> dict:

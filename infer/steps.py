@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from core.sharding import Rules
 from infer import sampling
 from infer.sampling import Counts, Sampling
+from model import cache
 from model.cache import KVCache
 from model.transformer import Transformer
 
@@ -46,7 +47,10 @@ def extend(
     """One prefill step: tokens start..start+T-1 of each row, of which `length_B` are real."""
     hidden_BTD, at_BT, kv = run_chunk(model, now.cache, tokens_BT, start, length_B)
     is_last_BT = at_BT == length_B[:, None] - 1
-    last_BD = jnp.einsum("BTD,BT->BD", hidden_BTD, is_last_BT.astype(hidden_BTD.dtype))
+    last_BD = jnp.einsum(
+        "BTD,BT->BD", hidden_BTD, is_last_BT.astype(hidden_BTD.dtype),
+        out_sharding=model.rules("batch", None),
+    )  # fmt: skip
     here_B1 = is_last_BT.any(axis=1)[:, None]
     return Prefilled(kv, jnp.where(here_B1, last_BD, now.last_BD))
 
@@ -54,8 +58,13 @@ def extend(
 def run_chunk(
     model: Transformer, kv: KVCache, tokens_BT: jax.Array, start: jax.Array, length_B: jax.Array
 ) -> tuple[jax.Array, jax.Array, KVCache]:
-    """(hidden [B, T, D], positions [B, T], cache) of one chunk of every row."""
+    """(hidden [B, T, D], positions [B, T], cache) of one chunk of every row.
+
+    Where the length is sharded the chunk is dealt to the shards: `cache.collect` puts in order
+    what comes of it.
+    """
     at_BT = tokens_BT * 0 + (start + jnp.arange(tokens_BT.shape[1]))[None, :]
+    tokens_BT, at_BT = (cache.deal(x_BT, start, model.rules) for x_BT in (tokens_BT, at_BT))
     segments_BT = (at_BT < length_B[:, None]).astype(jnp.int32)
     hidden_BTD, kv = model(tokens_BT, at_BT, segments_BT, cache=kv)
     return hidden_BTD, at_BT, kv

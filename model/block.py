@@ -12,7 +12,8 @@ from flax import nnx
 
 from model import rope
 from model.attention import nsa
-from model.attention.attend import attend, attend_cached
+from model.attention.attend import attend
+from model.attention.cached import attend_cached
 from model.attention.decode import Stored
 from model.attention.spec import AttentionSpec, Heads, Where
 from model.linear import project
@@ -98,7 +99,7 @@ class Attention(nnx.Module):
                 for x in (k_BTKH, v_BTKH)
             )
         how = dict(kernel=self.config.attention_kernel, rules=rules, heads=self._heads())
-        if self.branches is not None:
+        if self.branches is not None and cache is None:
             out_BTNH = self.branches(x_BTD, q_BTNH, k_BTKH, v_BTKH, at)
         elif cache is None:
             out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, at, self.spec, **how)

@@ -64,7 +64,7 @@ def random_model(config=None) -> transformer.Transformer:
         value = rng.normal("norm" in tree.name(path), scale, x.shape).astype(x.dtype)
         return jax.device_put(value, x.sharding.spec)
 
-    abstract = transformer.abstract(config, sharding.decoding())
+    abstract = transformer.abstract(config, sharding.prefilling())
     return jax.tree_util.tree_map_with_path(make, abstract)
 
 

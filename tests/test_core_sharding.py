@@ -136,8 +136,8 @@ def test_a_mesh_axis_is_used_once(names):
 
 
 def test_presets_name_mesh_axes_only():
-    presets = [sharding.training(), sharding.training("ring", 2, "zigzag"), sharding.decoding()]
-    for rules in [*presets, sharding.whole()]:
+    presets = [sharding.training(), sharding.training("ring", 2, "zigzag"), sharding.whole()]
+    for rules in [*presets, sharding.prefilling(), sharding.decoding()]:
         for field in dataclasses.fields(Rules):
             axes = getattr(rules, field.name)
             if field.name not in sharding.CHOICES and axes is not None:
@@ -147,9 +147,13 @@ def test_presets_name_mesh_axes_only():
 
 def test_presets_differ_where_they_should():
     assert sharding.training("allgather").strategy == "allgather"
-    decoding = sharding.decoding()
-    assert decoding("batch", "length") == PartitionSpec(("data", "seq"), None)
-    assert decoding("embed", "mlp") == PartitionSpec(None, "model")
+    prefilling, decoding = sharding.prefilling("ulysses"), sharding.decoding()
+    assert prefilling.strategy == "ulysses"
+    assert prefilling("batch", "length") == PartitionSpec("data", "seq")
+    assert decoding("batch", "length") == PartitionSpec("data", None)
+    for rules in (prefilling, decoding):
+        assert rules("batch", "kv_length") == PartitionSpec("data", "seq")
+        assert rules("embed", "mlp") == PartitionSpec(None, "model")
     whole = sharding.whole()
     assert whole("vocab", "embed", "batch") == PartitionSpec(None, None, None)
 

@@ -18,7 +18,8 @@ from model.attention.spec import full
 
 KEYS = {
     "context", "attention", "phase", "prefill_seconds", "prefill_tokens_per_second",
-    "decode_ms_per_token", "kv_bytes_theory", "kv_bytes_live", "peak_bytes", "mfu", "mbu_weights",
+    "decode_ms_per_token", "kv_bytes_theory", "kv_bytes_live",
+    "kv_bytes_per_device", "peak_bytes", "mfu", "mbu_weights",
     "mbu_total", "roofline_fraction", "quality", "cost_per_1k_tokens", "fits",
 }  # fmt: skip
 
@@ -95,4 +96,4 @@ def test_measuring_a_decode_leaves_the_cache_as_it_is(one_device):
     before = jax.device_get(jax.tree.map(jnp.copy, now))  # a view of `now` would forbid donation
     assert bench.time_decode(engine, now, tokens_BT, repeats=1) > 0
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(now))
-    assert bench.live_bytes(now.cache) == cache.kv_bytes(model.config, 1, 16)
+    assert bench.live_bytes(now.cache) == cache.kv_bytes(model.config, 1, 16, model.rules)

@@ -1,6 +1,7 @@
 """Decoding against a plain loop of whole forward passes; prompts, stops, streams and refusals."""
 
 import dataclasses
+import functools
 import io
 import json
 from types import SimpleNamespace
@@ -10,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 from conftest import make_mesh
+from tolerances import assert_close
 
-from core import tree
+from core import hlo, tree
 from core.config import UserError
 from data.tokenizer import Tokenizer
 from infer import decode, load, text
@@ -22,6 +24,7 @@ from infer.text import Writer
 
 NEW = 13
 PROMPTS = [np.random.default_rng(n).integers(0, 320, n).astype(np.int32) for n in (1, 5, 13, 23)]
+TWO_LAYERS = cases.model_config(num_layers=2)  # one of each slot
 PENALTIES = Sampling(top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.3, presence_penalty=0.2)
 
 
@@ -111,13 +114,66 @@ def test_rows_end_at_eos_and_the_others_go_on(one_device):
     assert len(ended[2]) == 4
 
 
-def test_a_mesh_decodes_as_one_device():
-    results = []
-    for sizes in ((1, 1, 1), (2, 1, 2)):  # data and model; a row that only fills the batch
-        with jax.set_mesh(make_mesh(sizes)):
-            results.append(generate(cases.random_model(), PROMPTS[1:], PENALTIES, batch=3))
-    assert results[0][0] == results[1][0]
-    np.testing.assert_allclose(results[0][1][:3], results[1][1][:3], atol=1e-4)
+@functools.cache
+def of_mesh(sizes):
+    """(tokens, log-probabilities) of three prompts on this mesh."""
+    with jax.set_mesh(make_mesh(sizes)):
+        return generate(cases.random_model(TWO_LAYERS), PROMPTS[1:], PENALTIES, batch=3)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)], ids=str)
+def test_a_mesh_decodes_as_one_device(sizes):
+    """Rows, length and heads sharded; a row that only fills the batch, chunks drawn out to 8."""
+    tokens, logprobs_BC = of_mesh(sizes)
+    expected, expected_BC = of_mesh((1, 1, 1))
+    assert tokens == expected
+    np.testing.assert_allclose(logprobs_BC[:3], expected_BC[:3], atol=1e-4)
+
+
+def test_a_prompt_is_read_on_from_any_token():
+    """As the bench does: 7 tokens, of shards 0 to 3 and 0 to 2, then the others."""
+    with jax.set_mesh(make_mesh((1, 4, 1))):
+        model = cases.random_model(TWO_LAYERS)
+        engine = Engine(model, Plan.of(1, 23, 0, 8))
+        now = engine.prefill([PROMPTS[3][:7]])
+        now = engine.prefill(PROMPTS[3:], now, 7)
+        logits_V = np.asarray(model.logits(now.last_BD[:, None]))[0, 0]
+        assert_close(logits_V, cases.full_logits(model, PROMPTS[3])[-1], "model")
+
+
+@functools.cache
+def compiled(name, sizes, length):
+    """A step of the engine, compiled for one text of this length and for chunks of 32."""
+    with jax.set_mesh(make_mesh(sizes)):
+        model = cases.random_model(TWO_LAYERS)
+        engine = Engine(model, Plan.of(1, length, 0, 32), how=Sampling(temperature=0))
+        now = engine.prefill([])  # compiles nothing but the empty cache
+        if name == "extend":
+            args = now, *next(engine.chunks(PROMPTS[1:2]))
+        else:
+            args = engine.start(now, [], [], 8, seed=0), engine.place(np.zeros(1, bool))
+            model = engine._decoder
+        return engine._jitted[name].lower(model, *args).compile()
+
+
+STEPS = [("extend", (1, 4, 1)), ("advance", (1, 4, 1)), ("advance", (1, 2, 2))]
+
+
+@pytest.mark.parametrize(("name", "sizes"), STEPS)
+def test_a_device_holds_its_share_of_the_cache(name, sizes):
+    """What a step has, and needs for a while, of 4096 more tokens."""
+    short, long = (compiled(name, sizes, n).memory_analysis() for n in (4096, 8192))
+    _, seq, model = sizes
+    share = 4096 // seq * (2 * 2 * 8 // model + 1) * 4  # K and V of the full layer, positions
+    assert long.argument_size_in_bytes - short.argument_size_in_bytes == share
+    assert long.temp_size_in_bytes - short.temp_size_in_bytes < share / 8
+
+
+@pytest.mark.parametrize(("name", "sizes"), STEPS)
+def test_what_crosses_the_mesh_does_not_grow_with_the_cache(name, sizes):
+    short, long = (hlo.count(compiled(name, sizes, n).as_text(), scope="") for n in (4096, 8192))
+    assert short.collectives == long.collectives
+    assert "all-reduce" in {c.kind for c in short.collectives}
 
 
 def test_output_rows(bundle, tmp_path, tokenizer, capsys):
@@ -268,7 +324,7 @@ def test_refused_settings(bundle, monkeypatch, fields, message):
 
 def test_decoding_copies_no_cache(one_device):
     # Slots of a single layer: XLA unrolls their scans, and then would copy the whole cache.
-    model = cases.random_model(cases.model_config(num_layers=2))
+    model = cases.random_model(TWO_LAYERS)
     engine = Engine(model, Plan(1, 20_000, 16), how=Sampling(temperature=0))
     now = engine.prefill(PROMPTS[:1])
     size = tree.num_bytes(now.cache)

@@ -29,7 +29,7 @@ def run(bundle, monkeypatch, sizes=(1, 1, 1), **fields):
     return score.main(cases.experiment(bundle, score=ScoreConfig(**fields)))
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2), (2, 2, 2), (1, 4, 1)])
 def test_scores_are_those_of_the_full_forward(bundle, tmp_path, monkeypatch, capsys, sizes):
     rng = np.random.default_rng(0)
     rows = [{"tokens": rng.integers(0, 290, n).tolist()} for n in (30, 1, 17)]

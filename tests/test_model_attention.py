@@ -201,7 +201,7 @@ def test_cache_and_new_tokens_merge_to_attention_over_both(window, softcap):
     segments = np.ones_like(positions)
     segments[1, 4:] = 0
     rows = np.arange(2)[:, None]
-    stored = decode.Stored(*map(jnp.asarray, (*cached, at_BS, layer, seen.max())))
+    stored = decode.Stored(*map(jnp.asarray, (*cached, at_BS, layer, seen)))
     pair = Pair(reference, Mask(window=window), H**-0.5, softcap)
     at = where(positions, segments)
 

@@ -7,7 +7,7 @@ from attention_runs import Run, assert_equal_to_one_device, results
 
 from core import sharding
 from core.config import UserError
-from model.attention import attend, chunked
+from model.attention import cached, chunked
 from model.attention.spec import (
     AttentionSpec,
     bidirectional,
@@ -77,7 +77,7 @@ def test_fields_that_do_not_go_together(fields, message):
 def test_a_cache_refuses_what_it_cannot_hold(spec, message):
     q = jnp.zeros((1, 4, N, H))
     with pytest.raises(NotImplementedError, match=message):
-        attend.attend_cached(q, q, q, None, None, spec, kernel="reference", rules=sharding.whole())
+        cached.attend_cached(q, q, q, None, None, spec, kernel="reference", rules=sharding.whole())
 
 
 def test_everywhere_keeps_the_scores_and_drops_the_limits():

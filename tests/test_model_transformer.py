@@ -203,9 +203,9 @@ def test_packed_documents_are_as_alone(one_device):
     [
         (SMALL, (1, 2, 4), [6]),
         (CONFIG, (2, 2, 2), [4, 24, 4]),
-        (KINDS, (1, 1, 2), [6, 5, 24, 24]),
+        (KINDS, (1, 4, 2), [4 + 4, 8, 24, 24]),
     ],
-    ids=["more-shards-than-kv-heads", "rows-and-heads-sharded", "every-kind"],
+    ids=["more-shards-than-kv-heads", "all-sharded", "every-kind"],
 )
 def test_prefill_and_decode_equal_the_full_forward(config, sizes, sizes_kept):
     """Chunks of 11, 1, 11 and 1: longer than the window, whose ring goes round."""

@@ -14,7 +14,6 @@ import pytest
 import train_cases
 from train_cases import command
 
-from core import backend
 from core.aot import slice_devices
 from core.sharding import MeshConfig, make_mesh
 from model.attention.spec import full
@@ -35,14 +34,7 @@ SMALL = dict(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_only():
-    """What the command does first; the variables are gone after the tests."""
-    before = set(os.environ)
-    backend.compile_only()
-    yield
-    for name in set(os.environ) - before:
-        del os.environ[name]
+pytestmark = pytest.mark.usefixtures("compile_only")
 
 
 def experiment(folder, aot=None, mesh=None, model=None, **train):

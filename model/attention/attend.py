@@ -19,7 +19,6 @@ from model.attention import (
     blocks,
     chunked,
     cost,
-    decode,
     gather,
     local,
     reference,
@@ -27,7 +26,7 @@ from model.attention import (
     select,
     ulysses,
 )
-from model.attention.blocks import Pair
+from model.attention.blocks import Pair, Part
 from model.attention.pairs import Pairs
 from model.attention.picked import Picked
 from model.attention.spec import AttentionSpec, Heads, Where
@@ -53,14 +52,11 @@ def attend(
 
     Arguments are sharded by `rules`; N is a multiple of K, and both divide over act_heads.
     """
-    call = Call(
-        kernel_of(kernel), spec, rules, q_BTNH.shape, k_BTKH.shape[2], q_BTNH.dtype.itemsize
-    )
-    attention = STRATEGIES[_strategy(call)](call)
+    attention = Call.of(q_BTNH, k_BTKH, spec, kernel, rules).way.attention
     q_spec = rules("batch", "length", "act_heads", None)
     kv_spec = rules("batch", "length", "act_kv_heads", None)
     at_spec = Where(rules("batch", "length"), rules("batch", "length"))
-    heads_spec = _heads_sharding(heads, rules)
+    heads_spec = heads_sharding(heads, rules)
 
     def of_device(q_BTNH, k_BTKH, v_BTKH, heads, at):
         if spec.kind == "moba":
@@ -76,64 +72,11 @@ def attend(
     )(q_BTNH, k_BTKH, v_BTKH, heads, at)
 
 
-def attend_cached(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    at: Where,
-    cache: decode.Stored,
-    spec: AttentionSpec,
-    *,
-    kernel: str,
-    rules: Rules,
-    heads: Heads = Heads(),  # noqa: B008 (immutable)
-) -> jax.Array:
-    """out [B, T, N, H]: new tokens attend to what `cache` holds and to each other.
-
-    The cache is only read: the caller writes the new keys and values after the last layer, so
-    that a ring buffer never loses a key that a token of the same chunk still sees.
-    """
-    _check_cached(spec, q_BTNH.shape[1])
-    pair = Pair(kernel_of(kernel), spec.mask, q_BTNH.shape[-1] ** -0.5, spec.softcap)
-
-    def merged(q_BTNH, k_BTKH, v_BTKH, heads, at, cache):
-        old = decode.forward(q_BTNH, cache, heads, at, pair)
-        new = pair.forward(q_BTNH, k_BTKH, v_BTKH, heads, at, at)
-        return blocks.add_sink(blocks.merge(old, new), heads)[0].astype(q_BTNH.dtype)
-
-    q_spec = rules("batch", None, "act_heads", None)
-    kv_spec = rules("batch", None, "act_kv_heads", None)
-    at_spec = Where(rules("batch", None), rules("batch", None))
-    heads_spec = jax.tree.map(lambda _: rules("act_heads"), heads)
-    cache_spec = decode.Stored.sharding(rules)
-    in_specs = q_spec, kv_spec, kv_spec, heads_spec, at_spec, cache_spec
-    return jax.shard_map(merged, in_specs=in_specs, out_specs=q_spec)(
-        q_BTNH, k_BTKH, v_BTKH, heads, at, cache
-    )
-
-
-def _heads_sharding(heads: Heads, rules: Rules) -> Heads:
+def heads_sharding(heads: Heads, rules: Rules) -> Heads:
+    """The PartitionSpec of each field that is there."""
     head = rules("act_heads")
     specs = Heads(head, head, rules("batch", "length", "act_heads", None))
     return Heads(*(None if x is None else spec for x, spec in zip(heads, specs, strict=True)))
-
-
-def _check_cached(spec: AttentionSpec, tokens: int) -> None:
-    """Unsupported where what a token sees is not there yet when it is read."""
-    if spec.kind == "bidirectional":
-        raise Unsupported(
-            "kind='bidirectional' sees what comes later, so it cannot be decoded token by token: "
-            "run it without a cache, or take kind='full' or 'prefix'"
-        )
-    if spec.top:
-        raise Unsupported(
-            f"kind={spec.kind!r} is not decoded yet: run it without a cache, or take kind='full'"
-        )
-    if 1 < tokens < spec.prefix:
-        raise Unsupported(
-            f"kind='prefix' with prefix={spec.prefix} in prefill chunks of {tokens} tokens: a "
-            "chunk must hold the whole prefix; raise the chunk, or shorten the prefix"
-        )
 
 
 def kernel_of(name: str) -> ModuleType:
@@ -184,21 +127,32 @@ class Call(NamedTuple):
     num_kv_heads: int
     itemsize: int
 
+    @classmethod
+    def of(
+        cls, q_BTNH: jax.Array, k_BTKH: jax.Array, spec: AttentionSpec, kernel: str, rules: Rules
+    ) -> "Call":
+        """The call for these arrays."""
+        how = kernel_of(kernel)
+        return cls(how, spec, rules, q_BTNH.shape, k_BTKH.shape[2], q_BTNH.dtype.itemsize)
+
+    @property
+    def way(self) -> "Way":
+        """What the strategy that `rules` ask for, or that is chosen for them, does."""
+        return STRATEGIES[_strategy(self)](self)
+
     @property
     def pair(self) -> Pair | Picked:
         pair = Pair(self.kernel, self.spec.mask, self.q_shape[-1] ** -0.5, self.spec.softcap)
         return Picked(pair, self.spec.block) if self.spec.top else pair
 
-    def once_sorted(self, attention: "Attention") -> "Attention":
-        """`attention`, its queries' choices sorted before: once for all hops."""
-        if not self.spec.top:
-            return attention
+    def once_sorted(self, way: "Way") -> "Way":
+        """`way`, its queries' choices sorted before: once for all hops."""
 
-        def run(q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at):
-            pairs = Pairs.of(heads.chosen, q_at)
-            return attention(q_BTNH, k_BTKH, v_BTKH, heads._replace(chosen=pairs), q_at, k_at)
+        def sorting(f, q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at):
+            heads = heads._replace(chosen=Pairs.of(heads.chosen, q_at))
+            return f(q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at)
 
-        return run
+        return Way(*(functools.partial(sorting, f) for f in way)) if self.spec.top else way
 
     @property
     def hops(self) -> int:
@@ -226,32 +180,41 @@ class Call(NamedTuple):
         )
 
 
-# attention(q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at) -> out_BTNH of the tokens of one device.
-Attention = Callable[[jax.Array, jax.Array, jax.Array, Heads, Where, Where], jax.Array]
+class Way(NamedTuple):
+    """A strategy at work on one device: f(q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at) of its tokens.
+
+    `attention` gives out in q's dtype, the sinks counted in, and can be differentiated; `part`
+    gives (out, lse) in float32 without sinks, to be merged with what else the tokens see.
+    """
+
+    attention: Callable[..., jax.Array]
+    part: Callable[..., Part]
 
 
-def _local(call: Call) -> Attention:
-    return call.once_sorted(functools.partial(local.attention, call.pair))
+def _local(call: Call) -> Way:
+    return call.once_sorted(Way(functools.partial(local.attention, call.pair), call.pair.forward))
 
 
-def _allgather(call: Call) -> Attention:
+def _allgather(call: Call) -> Way:
     axes = call.rules.axes("length")
-    return call.once_sorted(functools.partial(gather.attention, axes, call.pair))
+    functions = gather.attention, gather.forward
+    return call.once_sorted(Way(*(functools.partial(f, axes, call.pair) for f in functions)))
 
 
-def _ring(call: Call) -> Attention:
+def _ring(call: Call) -> Way:
     rules = call.rules
     size = rules.ring_size()
     places = ring.Ring(rules.axes("length"), size, rules.ulysses, call.hops)
-    inner = call.once_sorted(functools.partial(ring.attention, places, call.pair))
-    return inner if rules.ulysses == 1 else _exchange(call, rules.ulysses, inner)
+    way = Way(*(functools.partial(f, places, call.pair) for f in (ring.attention, ring.forward)))
+    way = call.once_sorted(way)
+    return way if rules.ulysses == 1 else _exchange(call, rules.ulysses, way)
 
 
-def _ulysses(call: Call) -> Attention:
+def _ulysses(call: Call) -> Way:
     return _exchange(call, call.rules.size("length"), _local(call))
 
 
-def _exchange(call: Call, degree: int, inner: Attention) -> Attention:
+def _exchange(call: Call, degree: int, inner: Way) -> Way:
     rules = call.rules
     N = call.q_shape[2] // rules.size("act_heads")
     K = call.num_kv_heads // rules.size("act_kv_heads")
@@ -263,10 +226,11 @@ def _exchange(call: Call, degree: int, inner: Attention) -> Attention:
             "Use mesh.strategy='ring' with mesh.ulysses=1, or 'allgather', for any heads"
         )
     groups = np.arange(rules.size("length")).reshape(-1, degree).tolist()
-    return functools.partial(ulysses.attention, rules.axes("length"), groups, inner)
+    exchanged = functools.partial(ulysses.attention, rules.axes("length"), groups)
+    return Way(*(functools.partial(exchanged, f) for f in inner))
 
 
-STRATEGIES: dict[str, Callable[[Call], Attention]] = {
+STRATEGIES: dict[str, Callable[[Call], Way]] = {
     "local": _local,
     "allgather": _allgather,
     "ring": _ring,

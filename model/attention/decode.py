@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from core.sharding import Rules
+from model.attention import blocks
 from model.attention.blocks import Pair
 from model.attention.spec import Heads, Where
 
@@ -21,13 +22,34 @@ class Stored(NamedTuple):
     v_LBKSH: jax.Array
     positions_BS: jax.Array  # int32; -1 where nothing is stored
     layer: jax.Array  # int32, which of the L layers
-    live: jax.Array  # int32, slots 0..live-1 may hold something
+    live_B: jax.Array  # int32, slots 0..live-1 of the row may hold something
 
     @staticmethod
     def sharding(rules: Rules) -> "Stored":
         """The PartitionSpec of each field."""
         kv = rules(None, "batch", "act_kv_heads", "kv_length", None)
-        return Stored(kv, kv, rules("batch", "kv_length"), PartitionSpec(), PartitionSpec())
+        return Stored(kv, kv, rules("batch", "kv_length"), PartitionSpec(), rules("batch"))
+
+
+class Shard(NamedTuple):
+    """One of `size` parts of a cache's length: it keeps the tokens at positions p % size == index.
+
+    So each has as much to keep and to read, however long the text is and however short the reach;
+    a text's n-th token here has position n * size + index.
+    """
+
+    index: jax.Array | int
+    size: int
+
+    @staticmethod
+    def here(rules: Rules) -> "Shard":
+        """That of this device, inside shard_map."""
+        axes = rules.axes("kv_length")
+        return Shard(jax.lax.axis_index(axes) if axes else 0, rules.size("kv_length"))
+
+    def count(self, tokens: jax.Array) -> jax.Array:
+        """How many of the first `tokens` tokens of a text are kept here."""
+        return (tokens + self.size - 1 - self.index) // self.size
 
 
 def forward(
@@ -77,9 +99,10 @@ def forward(
         out_BKGTH = out_BKGTH * fade_BKGT[..., None] + added_BKGTH
         return out_BKGTH, new_max_BKGT, sum_BKGT * fade_BKGT + p_BKGTC.sum(axis=-1)
 
-    zero_BKGTH = (q_BKGTH * 0).astype(jnp.float32)  # made from q: sharded as q is
-    empty = zero_BKGTH, zero_BKGTH[..., 0] - jnp.inf, zero_BKGTH[..., 0]
-    num_blocks = (jnp.minimum(cache.live, S) + block - 1) // block
+    fresh = functools.partial(blocks.fresh, (q_BTNH, *cache[:3], q_at))
+    rows = q_BKGTH.shape[:-1]
+    empty = fresh(q_BKGTH.shape, 0.0), fresh(rows, -jnp.inf), fresh(rows, 0.0)
+    num_blocks = (jnp.minimum(cache.live_B.max(), S) + block - 1) // block
     out_BKGTH, max_BKGT, sum_BKGT = jax.lax.fori_loop(0, num_blocks, step, empty)
     nothing_BKGT = sum_BKGT == 0
     out_BKGTH /= jnp.where(nothing_BKGT, 1.0, sum_BKGT)[..., None]

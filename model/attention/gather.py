@@ -9,7 +9,7 @@ import functools
 import jax
 
 from model.attention import blocks, local
-from model.attention.blocks import Pair
+from model.attention.blocks import Pair, Part
 from model.attention.spec import Heads, Where
 
 
@@ -28,9 +28,23 @@ def attention(
     return _forward(axes, pair, q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at)[0]
 
 
-def _forward(axes, pair, q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at):
+def forward(
+    axes: tuple[str, ...],
+    pair: Pair,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    heads: Heads,
+    q_at: Where,
+    k_at: Where,
+) -> Part:
+    """(out [B, T, N, H], lse [B, T, N]) float32 of the same; no sink is among the keys."""
     k_BSKH, v_BSKH, all_at = _gather(axes, (k_BTKH, v_BTKH, k_at))
-    part = pair.forward(q_BTNH, k_BSKH, v_BSKH, heads, q_at, all_at)
+    return pair.forward(q_BTNH, k_BSKH, v_BSKH, heads, q_at, all_at)
+
+
+def _forward(axes, pair, q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at):
+    part = forward(axes, pair, q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at)
     out_BTNH, lse_BTN = local.saved(q_BTNH.dtype, blocks.add_sink(part, heads))
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at, out_BTNH, lse_BTN)
 

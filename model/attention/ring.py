@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from model.attention import blocks, local
-from model.attention.blocks import Pair
+from model.attention.blocks import Pair, Part
 from model.attention.spec import Heads, Mask, Where
 
 
@@ -82,7 +82,17 @@ def _pack(k_BTKH: jax.Array, v_BTKH: jax.Array, k_at: Where) -> tuple[jax.Array,
     return jnp.stack((k_BTKH, v_BTKH)), jnp.stack(k_at)
 
 
-def _forward(ring, pair, q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at):
+def forward(
+    ring: Ring,
+    pair: Pair,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    heads: Heads,
+    q_at: Where,
+    k_at: Where,
+) -> Part:
+    """(out [B, T, N, H], lse [B, T, N]) float32 of the same; no sink is among the keys."""
     q_ends = blocks.ends_of_rows(q_at)
 
     def hop(carry, *, first, last):
@@ -98,7 +108,11 @@ def _forward(ring, pair, q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at):
             _in_reach(pair.mask, q_ends, at), lambda p: blocks.merge(p, see()), lambda p: p, part
         )
 
-    _, part = ring.go_round(hop, (_pack(k_BTKH, v_BTKH, k_at), None))
+    return ring.go_round(hop, (_pack(k_BTKH, v_BTKH, k_at), None))[1]
+
+
+def _forward(ring, pair, q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at):
+    part = forward(ring, pair, q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at)
     out_BTNH, lse_BTN = local.saved(q_BTNH.dtype, blocks.add_sink(part, heads))
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at, out_BTNH, lse_BTN)
 

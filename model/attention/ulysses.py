@@ -7,13 +7,15 @@ of neighbours it is a ring over the groups (USP, arXiv 2405.07719).
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from model.attention.spec import Heads, Where
 
-Inner = Callable[[jax.Array, jax.Array, jax.Array, Heads, Where, Where], jax.Array]
+# What it gives has the tokens in dim 1 and the heads in dim 2: out, or the out and lse of a Part.
+Inner = Callable[[jax.Array, jax.Array, jax.Array, Heads, Where, Where], Any]
 
 
 def deals(heads: int, kv_heads: int, degree: int) -> bool:
@@ -31,8 +33,8 @@ def attention(
     heads: Heads,
     q_at: Where,
     k_at: Where,
-) -> jax.Array:
-    """out [B, T, N, H]: `inner` over the tokens of each of the `groups` of devices of `axes`."""
+) -> Any:
+    """What `inner` gives [B, T, N, ...], over the tokens of each of the `groups` of `axes`."""
     how = dict(axis_name=axes, axis_index_groups=groups, tiled=True)
     degree = len(groups[0])
 
@@ -49,5 +51,6 @@ def attention(
     mine_of = functools.partial(jax.lax.dynamic_slice, start_indices=(first,), slice_sizes=(mine,))
     sink_N, slope_N = jax.tree.map(mine_of, heads[:2])
     heads = Heads(sink_N, slope_N, chosen_BSMC)
-    out_BSNH = inner(q_BSNH, k_BSKH, v_BSKH, heads, at, at)
-    return jax.lax.all_to_all(out_BSNH, split_axis=1, concat_axis=2, **how)
+    found = inner(q_BSNH, k_BSKH, v_BSKH, heads, at, at)
+    back = functools.partial(jax.lax.all_to_all, split_axis=1, concat_axis=2, **how)
+    return jax.tree.map(back, found)

@@ -1,0 +1,58 @@
+"""Prefill and decode by the real TPU compiler, for a slice that is not there."""
+
+import functools
+
+import infer_cases as cases
+import jax
+import jax.numpy as jnp
+import pytest
+
+from core import aot, hlo, sharding, tree
+from core.sharding import MeshConfig, make_mesh
+from infer import steps
+from infer.sampling import Sampling
+from model import cache, transformer
+from model.attention.spec import full
+
+pytestmark = pytest.mark.usefixtures("compile_only")
+
+LENGTH, CHUNK = 65_536, 64
+
+
+def program(name):
+    """(compiled, bytes of the cache) of one text on 2 shards of its length and 2 of the heads."""
+    rules = sharding.prefilling() if name == "extend" else sharding.decoding()
+    # Several layers and kv heads on a device: one alone has a layout that every use likes.
+    sizes = dict(pattern=(full(),), num_layers=4, num_kv_heads=4, head_dim=128)
+    config = cases.model_config(**sizes, dtype="bfloat16", attention_kernel="chunked")
+    model = transformer.abstract(config, rules)
+
+    def state():
+        held = cache.create(config, 1, LENGTH, rules)
+        last_BD = jnp.zeros((1, 16), jnp.bfloat16, out_sharding=rules("batch", None))
+        now = steps.Prefilled(held, last_BD)
+        row_B = jnp.zeros(1, jnp.int32, out_sharding=rules("batch"))
+        keys_B = jax.vmap(jax.random.key)(row_B)
+        return now, row_B, steps.State(now, row_B, row_B, row_B, row_B > 0, keys_B, None)
+
+    now, row_B, decoding = jax.eval_shape(state)
+    if name == "extend":
+        place = jax.NamedSharding(jax.sharding.get_mesh(), rules("batch", None))
+        tokens_BT = jax.ShapeDtypeStruct((1, CHUNK), jnp.int32, sharding=place)
+        step, args = steps.extend, (now, tokens_BT, jax.ShapeDtypeStruct((), jnp.int32), row_B)
+    else:
+        how = dict(how=Sampling(temperature=0), eos=-1, vocab_size=320)
+        step, args = functools.partial(steps.advance, **how), (decoding, decoding.done_B)
+    lowered = jax.jit(step, donate_argnums=1).trace(model, *args)
+    return lowered.lower(lowering_platforms=("tpu",)).compile(), tree.num_bytes(now.cache)
+
+
+@pytest.mark.parametrize("name", ["extend", "advance"])
+def test_a_tpu_copies_no_cache_and_sends_none(name):
+    with jax.set_mesh(make_mesh(MeshConfig(seq=2, model=2), aot.slice_devices("v5e:2x2"))):
+        compiled, cache_bytes = program(name)
+    memory = compiled.memory_analysis()
+    assert memory.argument_size_in_bytes > cache_bytes / 4
+    assert memory.temp_size_in_bytes < cache_bytes / 4 / 8
+    for collective in hlo.count(compiled.as_text(), scope="").collectives:
+        assert collective.bytes < cache_bytes / 4 / 8, collective

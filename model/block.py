@@ -14,7 +14,8 @@ from model import rope
 from model.attention import nsa
 from model.attention.attend import attend
 from model.attention.cached import attend_cached
-from model.attention.decode import Stored
+from model.attention.cached_chosen import moba_cached, nsa_cached
+from model.attention.decode import New, Stored
 from model.attention.spec import AttentionSpec, Heads, Where
 from model.linear import project
 from model.parameters import Maker
@@ -83,7 +84,7 @@ class Attention(nnx.Module):
         at: Where,
         cos_sin: tuple[jax.Array, jax.Array] | None,
         cache: Stored | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    ) -> tuple[jax.Array, New]:
         rules = self.rules
         q_BTNH = project("BTD,DNH->BTNH", x_BTD, self.q_DNH[...])
         k_BTKH = project("BTD,DKH->BTKH", x_BTD, self.k_DKH[...])
@@ -98,16 +99,20 @@ class Attention(nnx.Module):
                 jax.sharding.reshard(jnp.repeat(x, self.kv_repeats, axis=2), sharding)
                 for x in (k_BTKH, v_BTKH)
             )
+        qkv = q_BTNH, k_BTKH, v_BTKH
         how = dict(kernel=self.config.attention_kernel, rules=rules, heads=self._heads())
-        if self.branches is not None and cache is None:
-            out_BTNH = self.branches(x_BTD, q_BTNH, k_BTKH, v_BTKH, at)
+        of_blocks = None
+        if self.branches is not None:
+            out_BTNH, of_blocks = self.branches(x_BTD, qkv, at, cache)
         elif cache is None:
-            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, at, self.spec, **how)
+            out_BTNH = attend(*qkv, at, self.spec, **how)
+        elif self.spec.kind == "moba":
+            out_BTNH, of_blocks = moba_cached(*qkv, at, cache, self.spec, **how)
         else:
-            out_BTNH = attend_cached(q_BTNH, k_BTKH, v_BTKH, at, cache, self.spec, **how)
+            out_BTNH = attend_cached(*qkv, at, cache, self.spec, **how)
         residual = rules("batch", "length", "act_embed")
         out_BTD = project("BTNH,NHD->BTD", out_BTNH, self.o_NHD[...], residual)
-        return out_BTD, (k_BTKH, v_BTKH)
+        return out_BTD, New(k_BTKH, v_BTKH, of_blocks)
 
 
 class Branches(nnx.Module):
@@ -119,11 +124,15 @@ class Branches(nnx.Module):
         self.gates_DN3 = make.normal(7, (D, N, 3), ("embed", "heads", None))
         self.keys, self.values = (Compressor(make, spec.compress, index) for index in (8, 11))
 
-    def __call__(self, x_BTD, q_BTNH, k_BTKH, v_BTKH, at: Where) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, qkv: tuple[jax.Array, ...], at: Where, cache: Stored | None
+    ) -> tuple[jax.Array, New | None]:
         gates_BTN3 = jax.nn.sigmoid(project("BTD,DNC->BTNC", x_BTD, self.gates_DN3[...]))
-        compressors = self.keys(), self.values()
+        learned = gates_BTN3, (self.keys(), self.values())
         how = dict(kernel=self.config.attention_kernel, rules=self.rules)
-        return nsa.attention(q_BTNH, k_BTKH, v_BTKH, gates_BTN3, compressors, at, self.spec, **how)
+        if cache is None:
+            return nsa.attention(*qkv, *learned, at, self.spec, **how), None
+        return nsa_cached(*qkv, *learned, at, cache, self.spec, **how)
 
 
 class Compressor(nnx.Module):
@@ -188,8 +197,8 @@ class Block(nnx.Module):
         at: Where,
         cos_sin: tuple[jax.Array, jax.Array] | None,
         cache: Stored | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """(x [B, T, D], the (k, v) [B, T, K, H] of these tokens)."""
+    ) -> tuple[jax.Array, New]:
+        """(x [B, T, D], what these tokens add to a cache)."""
         with jax.named_scope("attention"):
             out_BTD, kv = self.attention(self.attention_norm(x_BTD), at, cos_sin, cache)
         x_BTD = x_BTD + out_BTD

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from core.sharding import Rules
-from model.attention.decode import Shard, Stored
-from model.attention.spec import Where
+from model.attention.decode import New, Shard, Stored
+from model.attention.spec import AttentionSpec, Where
 from model.config import ModelConfig
 
 
@@ -29,6 +29,7 @@ class Slot:
     v_LBKSH: jax.Array
     positions_BS: jax.Array  # int32, -1 where nothing is stored
     sinks: int = dataclasses.field(default=0, metadata=dict(static=True))  # kept on each shard
+    blocks: "Slot | None" = None  # of kinds that choose: the text's whole blocks, as its tokens
 
     def write(
         self, k_LBTKH: jax.Array, v_LBTKH: jax.Array, at: Where, seen_B: jax.Array, shard: Shard
@@ -56,7 +57,13 @@ class Slot:
         place = jnp.arange(B)[:, None], index_BT
         positions_BS = self.positions_BS.at[place].set(at.positions_BT, mode="drop")
         k_LBKSH, v_LBKSH = put(self.k_LBKSH, k_LBTKH), put(self.v_LBKSH, v_LBTKH)
-        return Slot(k_LBKSH, v_LBKSH, positions_BS, self.sinks)
+        return Slot(k_LBKSH, v_LBKSH, positions_BS, self.sinks, self.blocks)
+
+    def sharding(self, rules: Rules) -> "Slot":
+        """The PartitionSpec of each array."""
+        kv = rules(None, "batch", "act_kv_heads", "kv_length", None)
+        of_blocks = None if self.blocks is None else self.blocks.sharding(rules)
+        return Slot(kv, kv, rules("batch", "kv_length"), self.sinks, of_blocks)
 
 
 @jax.tree_util.register_dataclass
@@ -69,37 +76,56 @@ class KVCache:
 
     def stored(self, slot: int, layer: jax.Array) -> Stored:
         """What layer `layer` of `slot` may read."""
-        s = self.slots[slot]
-        return Stored(s.k_LBKSH, s.v_LBKSH, s.positions_BS, layer, self.seen_B)
 
-    def write(self, new: list[tuple[jax.Array, jax.Array]], at: Where, rules: Rules) -> "KVCache":
-        """The cache after the tokens at `at`; `new` holds (k, v) [L, B, T, K, H] a slot.
+        def stored(slot: Slot) -> Stored:
+            of_blocks = None if slot.blocks is None else stored(slot.blocks)
+            arrays = slot.k_LBKSH, slot.v_LBKSH, slot.positions_BS
+            return Stored(*arrays, layer, self.seen_B, of_blocks)
+
+        return stored(self.slots[slot])
+
+    def write(self, new: list[New], at: Where, rules: Rules) -> "KVCache":
+        """The cache after the tokens at `at`; `new` is stacked over the layers of each slot.
 
         Every shard takes its own of the tokens that it is shown: all where `length` is whole, and
         where it is sharded those that were dealt to it.
         """
         assert rules.size("length") == 1 or rules.layout == "dealt", rules.layout
-        kv = rules(None, "batch", "act_kv_heads", "kv_length", None)
-        new_kv = rules(None, "batch", "length", "act_kv_heads", None)
         row, tokens = rules("batch"), rules("batch", "length")
-        places = rules("batch", "kv_length")
-        cache_spec = KVCache(tuple(Slot(kv, kv, places, s.sinks) for s in self.slots), row)
+        cache_spec = KVCache(tuple(s.sharding(rules) for s in self.slots), row)
+        new_specs = [_new_sharding(x, rules) for x in new]
 
         def write(cache, new, at):
             shard = Shard.here(rules)
-            slots = (
-                s.write(k, v, at, cache.seen_B, shard)
-                for s, (k, v) in zip(cache.slots, new, strict=True)
-            )
+
+            def add(slot: Slot, x: New) -> Slot:
+                slot = slot.write(x.k_BTKH, x.v_BTKH, at, cache.seen_B, shard)
+                if slot.blocks is None:
+                    return slot
+                # Blocks have a slot for each that the text can have: none is out of reach.
+                number = jax.tree.map(lambda x_LBE: x_LBE[0], x.blocks.at)
+                arrays = x.blocks.k_BTKH, x.blocks.v_BTKH
+                more = slot.blocks.write(*arrays, number, cache.seen_B * 0, shard)
+                return dataclasses.replace(slot, blocks=more)
+
+            slots = (add(s, x) for s, x in zip(cache.slots, new, strict=True))
             return KVCache(tuple(slots), cache.seen_B)
 
         end_BT = jnp.where(at.segments_BT > 0, at.positions_BT + 1, 0)
         seen_B = jnp.maximum(self.seen_B, end_BT.max(axis=1))
         return jax.shard_map(
             write,
-            in_specs=(cache_spec, [(new_kv, new_kv)] * len(new), Where(tokens, tokens)),
+            in_specs=(cache_spec, new_specs, Where(tokens, tokens)),
             out_specs=cache_spec,
         )(KVCache(self.slots, seen_B), new, at)
+
+
+def _new_sharding(new: New, rules: Rules) -> New:
+    tokens = rules(None, "batch", "length", "act_kv_heads", None)
+    if new.blocks is None:
+        return New(tokens, tokens)
+    of_block, place = rules(None, "batch", None, "act_kv_heads", None), rules(None, "batch", None)
+    return New(tokens, tokens, New(of_block, of_block, at=Where(place, place)))
 
 
 def deal(x_BT: jax.Array, start: jax.Array, rules: Rules) -> jax.Array:
@@ -137,28 +163,42 @@ def slot_sizes(config: ModelConfig, length: int, shards: int) -> list[tuple[int,
     return sizes
 
 
+def _blocks(spec: AttentionSpec, length: int) -> int:
+    """Whole blocks that a text of `length` tokens has, for a kind that chooses among them."""
+    size, step = (spec.compress, spec.step) if spec.kind == "nsa" else (spec.block, spec.block)
+    return max(0, (length - size) // step + 1) if spec.top else 0
+
+
 def kv_bytes(config: ModelConfig, batch: int, length: int, rules: Rules) -> int:
     """Bytes of keys and values that `create` allocates, over all devices."""
-    heads = max(config.num_kv_heads, rules.size("act_kv_heads"))
-    token = 2 * heads * config.head_dim * config.compute_dtype.itemsize
-    shards = rules.size("kv_length")
-    tokens = sum(layers * size for layers, _, size in slot_sizes(config, length, shards))
-    return batch * shards * tokens * token
+    planned = jax.eval_shape(lambda: create(config, batch, length, rules))
+    arrays = (x for x in jax.tree.leaves(planned.slots) if x.ndim == 5)
+    return sum(x.size * x.dtype.itemsize for x in arrays)
 
 
 def create(config: ModelConfig, batch: int, length: int, rules: Rules) -> KVCache:
     """An empty cache for `batch` rows of up to `length` tokens, in the compute dtype."""
     heads = max(config.num_kv_heads, rules.size("act_kv_heads"))
     kv = rules(None, "batch", "act_kv_heads", "kv_length", None)
-    shards = rules.size("kv_length")
+    shards, H = rules.size("kv_length"), config.head_dim
 
-    def slot(layers: int, sinks: int, size: int) -> Slot:
+    def slot(layers: int, sinks: int, size: int, widths=(H, H), dtype=config.compute_dtype) -> Slot:
         size *= shards
-        shape = (layers, batch, heads, size, config.head_dim)
-        k, v = (jnp.zeros(shape, config.compute_dtype, out_sharding=kv) for _ in "kv")
+        shape = layers, batch, heads, size
+        k, v = (jnp.zeros((*shape, width), dtype, out_sharding=kv) for width in widths)
         sharding = rules("batch", "kv_length")
         at = jnp.full((batch, size), -1, jnp.int32, out_sharding=sharding)
         return Slot(k, v, at, sinks)
 
-    slots = tuple(slot(*sizes) for sizes in slot_sizes(config, length, shards))
+    def with_blocks(sizes: tuple[int, int, int], spec: AttentionSpec) -> Slot:
+        if not spec.top:
+            return slot(*sizes)
+        each = max(1, math.ceil(_blocks(spec, length) / shards))
+        # MoBA has means alone, and chooses by them in float32.
+        how = ((H, H), config.compute_dtype) if spec.kind == "nsa" else ((H, 0), jnp.float32)
+        return dataclasses.replace(slot(*sizes), blocks=slot(sizes[0], 0, each, *how))
+
+    specs = [spec for slots, _ in config.stages for spec in slots]
+    sizes = slot_sizes(config, length, shards)
+    slots = tuple(with_blocks(*both) for both in zip(sizes, specs, strict=True))
     return KVCache(slots, jnp.zeros((batch,), jnp.int32, out_sharding=rules("batch")))

@@ -204,8 +204,10 @@ def test_packed_documents_are_as_alone(one_device):
         (SMALL, (1, 2, 4), [6]),
         (CONFIG, (2, 2, 2), [4, 24, 4]),
         (KINDS, (1, 4, 2), [4 + 4, 8, 24, 24]),
+        (CHOOSING, (2, 1, 1), [24, 24]),
+        (CHOOSING, (1, 4, 2), [24, 24]),
     ],
-    ids=["more-shards-than-kv-heads", "all-sharded", "every-kind"],
+    ids=["more-shards-than-kv-heads", "all-sharded", "every-kind", "choosing", "choosing-sharded"],
 )
 def test_prefill_and_decode_equal_the_full_forward(config, sizes, sizes_kept):
     """Chunks of 11, 1, 11 and 1: longer than the window, whose ring goes round."""

@@ -51,7 +51,7 @@ def attend_cached(
     kv_spec = rules("batch", "length", "act_kv_heads", None)
     at_spec = Where(rules("batch", "length"), rules("batch", "length"))
     heads_spec = jax.tree.map(lambda _: rules("act_heads"), heads)
-    in_specs = q_spec, kv_spec, kv_spec, heads_spec, at_spec, Stored.sharding(rules)
+    in_specs = q_spec, kv_spec, kv_spec, heads_spec, at_spec, cache.sharding(rules)
     return jax.shard_map(of_device, in_specs=in_specs, out_specs=q_spec)(
         q_BTNH, k_BTKH, v_BTKH, heads, at, cache
     )
@@ -106,10 +106,6 @@ def _check(spec: AttentionSpec, tokens: int) -> None:
         raise Unsupported(
             "kind='bidirectional' sees what comes later, so it cannot be decoded token by token: "
             "run it without a cache, or take kind='full' or 'prefix'"
-        )
-    if spec.top:
-        raise Unsupported(
-            f"kind={spec.kind!r} is not decoded yet: run it without a cache, or take kind='full'"
         )
     if 1 < tokens < spec.prefix:
         raise Unsupported(

@@ -23,12 +23,23 @@ class Stored(NamedTuple):
     positions_BS: jax.Array  # int32; -1 where nothing is stored
     layer: jax.Array  # int32, which of the L layers
     live_B: jax.Array  # int32, slots 0..live-1 of the row may hold something
+    blocks: "Stored | None" = None  # the text's whole blocks, for kinds that choose among them
 
-    @staticmethod
-    def sharding(rules: Rules) -> "Stored":
+    def sharding(self, rules: Rules) -> "Stored":
         """The PartitionSpec of each field."""
         kv = rules(None, "batch", "act_kv_heads", "kv_length", None)
-        return Stored(kv, kv, rules("batch", "kv_length"), PartitionSpec(), rules("batch"))
+        of_blocks = None if self.blocks is None else self.blocks.sharding(rules)
+        rows = rules("batch")
+        return Stored(kv, kv, rules("batch", "kv_length"), PartitionSpec(), rows, of_blocks)
+
+
+class New(NamedTuple):
+    """What one layer adds to its cache, [B, T, K, H]; stacked once all layers are run."""
+
+    k_BTKH: jax.Array
+    v_BTKH: jax.Array
+    blocks: "New | None" = None  # [B, E, K, H], equal on all shards of the length
+    at: Where | None = None  # of blocks, [B, E]: their number, and segment 0 for none
 
 
 class Shard(NamedTuple):

@@ -25,14 +25,21 @@ class Compressor(NamedTuple):
     in_HF: jax.Array
     out_FH: jax.Array
 
+    @property
+    def weight_CH(self) -> jax.Array:
+        """Of each token of a block, in the sum."""
+        return (1 + self.place_CH.astype(jnp.float32)) / len(self.place_CH)
+
     def __call__(
         self, x_BTKH: jax.Array, at: Where, of: select.Slots, axes: tuple[str, ...]
     ) -> jax.Array:
         """[B, Z, K, H] in the dtype of `x`, from float32 sums."""
-        weight_CH = (1 + self.place_CH.astype(jnp.float32)) / of.size
-        p_BZKH = select.pooled(x_BTKH, at, of, weight_CH, axes)
+        return self.finish(select.pooled(x_BTKH, at, of, self.weight_CH, axes), x_BTKH.dtype)
+
+    def finish(self, p_BZKH: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """What the sums [B, Z, K, H] of blocks become."""
         in_HF, out_FH = (w.astype(jnp.float32) for w in (self.in_HF, self.out_FH))
-        return (p_BZKH + jax.nn.gelu(p_BZKH @ in_HF) @ out_FH).astype(x_BTKH.dtype)
+        return (p_BZKH + jax.nn.gelu(p_BZKH @ in_HF) @ out_FH).astype(dtype)
 
 
 def attention(

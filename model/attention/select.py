@@ -120,10 +120,8 @@ def moba(
         q_BtKGH = q_BtNH.reshape(B, t, K, N // K, H).astype(jnp.float32)
         return jnp.einsum("BtKGH,BZKH->BtKGZ", q_BtKGH, mean_BZKH).reshape(B, t, N, -1)
 
-    choose = functools.partial(_best, of=of, block=block, count=top - 1, low=0, back=1)
-    chosen = _in_parts(scores, choose, q_BTNH, at, of.segments_BZ.shape[1])
-    own_BT1 = jnp.where(at.segments_BT > 0, at.positions_BT // block, -1)[..., None, None]
-    return jnp.concatenate([jnp.broadcast_to(own_BT1, (*chosen.shape[:3], 1)), chosen], -1)
+    choose = functools.partial(best_of_moba, of=of, block=block, top=top)
+    return _in_parts(scores, choose, q_BTNH, at, of.segments_BZ.shape[1])
 
 
 def nsa(
@@ -174,17 +172,31 @@ def nsa(
         )
         return jnp.moveaxis(importance_BKYt, 3, 1)
 
-    choose = functools.partial(_best, of=whole, block=block, count=top - FORCED, low=1, back=2)
-    chosen = _in_parts(scores, choose, q_BTNH, at, of.segments_BZ.shape[1])
-    own_BT = at.positions_BT // block
-    forced_BTF = jnp.stack([own_BT, own_BT - 1, jnp.where(own_BT > 1, 0, -1)], -1)
-    forced_BTF = jnp.where(at.segments_BT[..., None] > 0, forced_BTF, -1)[:, :, None]
-    shape = *chosen.shape[:3], FORCED
-    return jnp.concatenate([jnp.broadcast_to(forced_BTF, shape), chosen], -1)
+    choose = functools.partial(best_of_nsa, of=whole, block=block, top=top)
+    return _in_parts(scores, choose, q_BTNH, at, of.segments_BZ.shape[1])
+
+
+def best_of_moba(scores_BtNZ: jax.Array, at: Where, of: Slots, block: int, top: int) -> jax.Array:
+    """[B, t, N, top]: the own block, and the best of those before it."""
+    best_BtNC = _best(scores_BtNZ, at, of, block, count=top - 1, low=0, back=1)
+    return _with([at.positions_BT // block], at, best_BtNC)
+
+
+def best_of_nsa(scores_BtKZ: jax.Array, at: Where, of: Slots, block: int, top: int) -> jax.Array:
+    """[B, t, K, top]: the own block, the one before, the first, and the best of the others."""
+    best_BtKC = _best(scores_BtKZ, at, of, block, count=top - FORCED, low=1, back=2)
+    own_Bt = at.positions_BT // block
+    return _with([own_Bt, own_Bt - 1, jnp.where(own_Bt > 1, 0, -1)], at, best_BtKC)
+
+
+def _with(forced_Bt: list[jax.Array], at: Where, best_BtMC: jax.Array) -> jax.Array:
+    forced_BtF = jnp.where(at.segments_BT[..., None] > 0, jnp.stack(forced_Bt, -1), -1)
+    shape = *best_BtMC.shape[:3], len(forced_Bt)
+    return jnp.concatenate([jnp.broadcast_to(forced_BtF[:, :, None], shape), best_BtMC], -1)
 
 
 def _best(
-    scores_BtMZ: jax.Array, at: Where, *, of: Slots, block: int, count: int, low: int, back: int
+    scores_BtMZ: jax.Array, at: Where, of: Slots, block: int, *, count: int, low: int, back: int
 ) -> jax.Array:
     """The blocks of the `count` best scores, [B, t, M, count], among low .. own - back."""
     own_Bt1 = at.positions_BT[..., None] // block

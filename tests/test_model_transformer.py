@@ -226,13 +226,32 @@ def test_prefill_and_decode_equal_the_full_forward(config, sizes, sizes_kept):
         assert [slot.positions_BS.shape[1] for slot in held.slots] == sizes_kept
 
 
-def test_ragged_rows_decode_as_each_alone(one_device):
+@pytest.mark.parametrize(("sizes", "strategy"), [((1, 4, 1), "ring"), ((2, 2, 2), "ulysses")])
+def test_dealt_chunks_that_choose_equal_the_full_forward(sizes, strategy):
+    """The tokens of a chunk are on the shards that keep them; blocks lie on all shards."""
+    with jax.set_mesh(make_mesh(ONE)):
+        whole = sharding.whole()
+        expected = np.asarray(forward(create(CHOOSING, whole), *batch(24)))
+    with jax.set_mesh(make_mesh(sizes)):
+        rules = sharding.prefilling(strategy)
+        model, held = create(CHOOSING, rules), cache.create(CHOOSING, B, 24, rules)
+        parts = []
+        for start, end in ((0, 8), (8, 20), (20, 24)):
+            args = [cache.deal(jnp.asarray(x[:, start:end]), start, rules) for x in batch(24)]
+            hidden, held = hidden_and_cache(model, held, *args)
+            order = np.argsort(np.asarray(args[1]), axis=1)[..., None]
+            parts.append(np.take_along_axis(np.asarray(hidden), order, 1))
+    assert_close(np.concatenate(parts, axis=1), expected, "model")
+
+
+@pytest.mark.parametrize("config", [CONFIG, CHOOSING], ids=["near and far", "choosing"])
+def test_ragged_rows_decode_as_each_alone(one_device, config):
     """Prompts of 1 to 8 tokens side by side, padded; then each row goes on where it stands."""
-    model, (tokens, positions, segments) = create(CONFIG, sharding.whole()), batch()
+    model, (tokens, positions, segments) = create(config, sharding.whole()), batch()
     expected = np.asarray(forward(model, tokens, positions, segments))
     rows, lengths = np.arange(B), np.arange(1, B + 1)
     prompt = (np.arange(B) < lengths[:, None]).astype(np.int32)
-    held = cache.create(CONFIG, B, T, sharding.whole())
+    held = cache.create(config, B, T, sharding.whole())
     hidden, held = hidden_and_cache(model, held, tokens[:, :B], positions[:, :B] * prompt, prompt)
     for row, length in enumerate(lengths):
         assert_close(hidden[row, :length], expected[row, :length], "model", what=f"row {row}")

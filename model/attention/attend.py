@@ -15,14 +15,18 @@ import numpy as np
 from core import hardware
 from core.config import Unsupported, UserError
 from core.sharding import Rules
-from model.attention import blocks, chunked, cost, decode, gather, local, reference, ring, ulysses
+from model.attention import blocks, chunked, cost, decode, gather, local, reference, ring, splash, ulysses
 from model.attention.blocks import Pair
 from model.attention.spec import AttentionSpec, Heads, Where
 from model.flops import keys_seen
 
 log = logging.getLogger("cakrawala")
 
-KERNELS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
+KERNELS: dict[str, ModuleType] = {
+    "reference": reference,
+    "chunked": chunked,
+    "splash": splash,
+}
 
 
 def attend(

@@ -13,6 +13,7 @@ from absl import flags
 
 from core import backend, sharding
 from data import prepare
+from model.attention import splash
 from train import pretrain
 
 # Tests compile more than they run; this halves the time of the suite. Children inherit it.
@@ -35,6 +36,12 @@ def make_mesh(sizes):
     explicit = (jax.sharding.AxisType.Explicit,) * len(sharding.AXES)
     devices = jax.devices()[: int(np.prod(sizes))]
     return jax.make_mesh(sizes, sharding.AXES, axis_types=explicit, devices=devices)
+
+
+def small_tiles(monkeypatch, size):
+    """Blocks of `size` for splash, so that short rows have several."""
+    for name in ("LANES", "MIN_BLOCK", "QUERIES", "BACKWARD_QUERIES", "KEYS"):
+        monkeypatch.setattr(splash, name, size)
 
 
 @pytest.fixture

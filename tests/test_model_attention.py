@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import CASES, Case, documents
+from conftest import small_tiles
 from tolerances import assert_close
 
 from model.attention import blocks, chunked, decode, local, reference
@@ -26,6 +27,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(chunked, "MIN_BLOCK", BLOCK)
     monkeypatch.setattr(chunked, "MAX_BLOCK", BLOCK)
     monkeypatch.setattr(chunked, "TILE_SCORES", 2 * BLOCK * BLOCK)
+    small_tiles(monkeypatch, BLOCK)
     monkeypatch.setattr(decode, "BLOCK", 8)
 
 

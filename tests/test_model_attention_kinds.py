@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import documents
-from conftest import make_mesh
+from conftest import make_mesh, small_tiles
 from tolerances import assert_close
 
 from core import sharding
@@ -45,6 +45,7 @@ SPREADS = {  # (strategy, neighbours that exchange heads, mesh)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(chunked, "MIN_BLOCK", 4)
     monkeypatch.setattr(chunked, "MAX_BLOCK", 4)
+    small_tiles(monkeypatch, 4)
 
 
 @functools.cache

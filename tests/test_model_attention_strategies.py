@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import Case, documents
-from conftest import make_mesh
+from conftest import make_mesh, small_tiles
 from tolerances import assert_close
 
 from core import sharding
@@ -71,6 +71,8 @@ HOWS = (
     over("ring", 3, "chunked", "window"),
     over("ring", 4, "reference", "window"),
     over("ring", 8, "chunked", "full"),
+    over("ring", 4, "splash", "window"),
+    over("allgather", 3, "splash", "full"),
     over("ulysses", 2, "chunked", "full"),
     over("ulysses", 3, "reference", "full"),
     over("ulysses", 4, "reference", "window"),
@@ -100,6 +102,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(chunked, "MAX_BLOCK", 4)
     monkeypatch.setattr(chunked, "TILE_SCORES", 64)
     monkeypatch.setattr(layout, "TILE", 2)
+    small_tiles(monkeypatch, 4)
 
 
 @functools.cache

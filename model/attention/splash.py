@@ -35,7 +35,7 @@ LANES, SUBLANES = 128, 8  # of a TPU register: blocks are multiples of 128
 MIN_BLOCK, QUERIES, BACKWARD_QUERIES, KEYS = 256, 1024, 512, 512
 WIDTH = 256  # bytes of a head for which that holds: two heads' worth has blocks half as large
 MAX_TILES = 2**16  # in one list: 256 KiB of the 1 MiB of scalar memory
-RESIDENT = 2**22  # bytes of dK and dV that stay in vector memory
+RESIDENT = 2**23  # bytes of dK and dV that stay in vector memory
 
 
 def forward(
@@ -103,7 +103,7 @@ def backward(
     wide = pl.cdiv(H * q_BTNH.dtype.itemsize, WIDTH)
     R, C = _block(T, BACKWARD_QUERIES // wide, mask), _block(S, KEYS // wide, mask)
     _, T_whole = _parts(T, R, splash_tiles.MAX_Y, "queries")
-    most = min(max(1, RESIDENT // (8 * C * H)), MAX_TILES * R // (B * T_whole))
+    most = min(max(1, RESIDENT // (8 * C * pl.cdiv(H, LANES) * LANES)), MAX_TILES * R // (B * T_whole))
     U, S_whole = _parts(S, C, most, "queries")
     call = _Call(How(mask, scale, softcap, slope_N is not None), N, K, H, R, C)
     # 2 ** (score - inf) is 0: nothing comes back to queries that saw nothing.
@@ -164,7 +164,7 @@ class _Call(NamedTuple):
         k_at_B8S: jax.Array,
         results: Sequence[str],
         scratch: Sequence[str] = (),
-    ) -> list[jax.Array]:
+    ) -> tuple[jax.Array, ...]:
         """Names of `arrays` end in the block that the body sees, `results` are such endings."""
         tiles_BW, count = tile_list(self.how.mask, q_at_B8T, k_at_B8S, self.R, self.C)
         (B, W), S, T = tiles_BW.shape, k_at_B8S.shape[2], q_at_B8T.shape[2]
@@ -174,15 +174,14 @@ class _Call(NamedTuple):
             "1R": (B, self.N, 1, T),
             "ZCH": (B, self.K, S // self.C, self.C, self.H),
         }
-        vary = jax.typeof(q_at_B8T).manual_axis_type
-        out_shape = [
-            jax.ShapeDtypeStruct(shapes[name], jnp.float32, manual_axis_type=vary)
-            for name in results
-        ]
         blocks_of = self.blocks(S // self.C, W)
 
         def run(*operands, interpret):
-            return pl.pallas_call(
+            vary = jax.typeof(operands[0]).manual_axis_type
+            shape = functools.partial(
+                jax.ShapeDtypeStruct, dtype=jnp.float32, manual_axis_type=vary
+            )
+            call = pl.pallas_call(
                 functools.partial(body, how=self.how, num_tiles=W),
                 grid_spec=pltpu.PrefetchScalarGridSpec(
                     num_scalar_prefetch=2,
@@ -191,13 +190,14 @@ class _Call(NamedTuple):
                     out_specs=[blocks_of[name] for name in results],
                     scratch_shapes=[pltpu.VMEM((1, self.R), jnp.float32) for _ in scratch],
                 ),
-                out_shape=out_shape,
+                out_shape=[shape(shapes[name]) for name in results],
                 compiler_params=pltpu.CompilerParams(
                     dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")
                 ),
                 interpret=interpret,
                 name=f"splash_{body.__name__}",
-            )(*operands[1:])
+            )
+            return tuple(call(*operands[1:]))
 
         return jax.lax.platform_dependent(
             count,
@@ -205,19 +205,19 @@ class _Call(NamedTuple):
             slope_N,
             *arrays.values(),
             tpu=functools.partial(run, interpret=False),
-            default=functools.partial(run, interpret=True),
+            default=functools.partial(_unchecked, functools.partial(run, interpret=True)),
         )
 
     def blocks(self, Z: int, W: int) -> dict[str, pl.BlockSpec]:
         """Blocks by their dims: of which shape, and where in [B, heads, ...]."""
 
-        def block(shape, place):
+        def block(shape, place, mode=None):
             def index(b, k, g, w, tiles_BW, slope_N):
                 entry = tiles_BW[b * W + w]
                 y, z = splash_tiles.query_block(entry), splash_tiles.key_block(entry)
                 return b, *place(k, k * (self.N // self.K) + g, y, z)
 
-            return pl.BlockSpec((None, *shape), index)
+            return pl.BlockSpec((None, *shape), index, pipeline_mode=mode)
 
         R, C, H = self.R, self.C, self.H
         return {
@@ -228,7 +228,7 @@ class _Call(NamedTuple):
             "CH": block((None, C, H), lambda k, n, y, z: (k, z, 0)),
             "HC": block((None, H, C), lambda k, n, y, z: (k, 0, z)),
             "8C": block((SUBLANES, C), lambda k, n, y, z: (0, z)),
-            "ZCH": block((None, Z, C, H), lambda k, n, y, z: (k, 0, 0, 0)),
+            "ZCH": block((None, Z, C, H), lambda k, n, y, z: (k, 0, 0, 0), pl.Buffered(1)),
         }
 
 
@@ -326,6 +326,26 @@ def _join(x_UBNTH: jax.Array, length: int) -> jax.Array:
     """[U, B, N, T, H] -> [B, length, N, H]."""
     U, B, N, T, H = x_UBNTH.shape
     return x_UBNTH.transpose(1, 0, 3, 2, 4).reshape(B, U * T, N, H)[:, :length]
+
+
+def _unchecked(run: Callable, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    """`run` inside a shard_map, but without its check of varying axes: interpretation fails it.
+
+    Its loops start from constants, which vary over no axis. With the check off a product forgets
+    what its operands vary over; the results are told again.
+    """
+    axes = tuple(jax.typeof(operands[0]).manual_axis_type.varying)
+    if not axes:
+        return run(*operands)
+
+    def forgetful(*operands):
+        return run(*(x * jnp.ones((), x.dtype) for x in operands))
+
+    spec = jax.P()
+    unchecked = jax.shard_map(
+        forgetful, in_specs=spec, out_specs=spec, axis_names=frozenset(), check_vma=False
+    )
+    return tuple(jax.lax.pcast(x, axes, to="varying") for x in unchecked(*operands))
 
 
 def _vary_alike(*arrays: jax.Array) -> list[jax.Array]:

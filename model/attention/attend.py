@@ -15,7 +15,18 @@ import numpy as np
 from core import hardware
 from core.config import Unsupported, UserError
 from core.sharding import Rules
-from model.attention import blocks, chunked, cost, decode, gather, local, reference, ring, splash, ulysses
+from model.attention import (
+    blocks,
+    chunked,
+    cost,
+    decode,
+    gather,
+    local,
+    reference,
+    ring,
+    splash,
+    ulysses,
+)
 from model.attention.blocks import Pair
 from model.attention.spec import AttentionSpec, Heads, Where
 from model.flops import keys_seen
@@ -44,9 +55,8 @@ def attend(
 
     Arguments are sharded by `rules`; N is a multiple of K, and both divide over act_heads.
     """
-    call = Call(
-        KERNELS[_kernel(kernel)], spec, rules, q_BTNH.shape, k_BTKH.shape[2], q_BTNH.dtype.itemsize
-    )
+    kernel = _kernel(kernel, q_BTNH.shape[1] // rules.size("length"))
+    call = Call(KERNELS[kernel], spec, rules, q_BTNH.shape, k_BTKH.shape[2], q_BTNH.dtype.itemsize)
     attention = STRATEGIES[_strategy(call)](call)
     q_spec = rules("batch", "length", "act_heads", None)
     kv_spec = rules("batch", "length", "act_kv_heads", None)
@@ -81,7 +91,8 @@ def attend_cached(
     that a ring buffer never loses a key that a token of the same chunk still sees.
     """
     _check_cached(spec, q_BTNH.shape[1])
-    pair = Pair(KERNELS[_kernel(kernel)], spec.mask, q_BTNH.shape[-1] ** -0.5, spec.softcap)
+    kernel = _kernel(kernel, q_BTNH.shape[1])
+    pair = Pair(KERNELS[kernel], spec.mask, q_BTNH.shape[-1] ** -0.5, spec.softcap)
 
     def merged(q_BTNH, k_BTKH, v_BTKH, heads, at, cache):
         old = decode.forward(q_BTNH, cache, heads, at, pair)
@@ -113,13 +124,27 @@ def _check_cached(spec: AttentionSpec, tokens: int) -> None:
         )
 
 
-def _kernel(name: str) -> str:
+def _kernel(name: str, tokens: int) -> str:
+    """The kernel for so many queries of a device; what `auto` means and why is logged."""
+    kind = _device_kind()
+    on_tpu = kind.startswith("TPU")
     if name == "auto":
-        _log_once("attention_kernel=auto: chunked")
-        return "chunked"
-    if name not in KERNELS:
+        few = f" and {tokens} tokens a device, fewer than the {splash.LANES} lanes of a tile"
+        name = "splash" if on_tpu and tokens >= splash.LANES else "chunked"
+        _log_once(f"attention_kernel=auto: {name} for {kind}{few if tokens < splash.LANES else ''}")
+    elif name not in KERNELS:
         raise UserError(f"attention_kernel={name!r} is not one of auto, {', '.join(KERNELS)}")
+    elif name == "splash" and not on_tpu:
+        _log_once(
+            f"attention_kernel=splash is for TPUs: on {kind} it is interpreted, right but slow"
+        )
     return name
+
+
+def _device_kind() -> str:
+    """Of the mesh in use, which under train.aot is not that of this machine."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else "a mesh without devices"
 
 
 def _strategy(call: "Call") -> str:
@@ -138,8 +163,7 @@ def _strategy(call: "Call") -> str:
 
 def _choose(call: "Call", shards: int) -> str:
     """What strategy=auto means for this layer, logged; the ring where the chip is not known."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = device.device_kind if device else "a mesh without devices"
+    kind = _device_kind()
     chip = hardware.chip(kind)
     found = cost.seconds(call.work(), chip) if chip else {"ring": 0.0}
     choice = min(found, key=found.get)

@@ -24,6 +24,9 @@ FIRST, LAST, WHOLE, PARTIAL = 1, 2, 4, 8
 Z_SHIFT, Y_SHIFT = 4, 18
 MAX_Z, MAX_Y = 2**14, 2**13
 
+PRODUCTS = {"forward": 2, "backward": 5}  # of a tile
+SCRATCH = {"forward": 2, "backward": 0}  # rows of R numbers that stay in VMEM between tiles
+
 ROWS_BY_ROWS = ((1,), (1,)), ((), ())  # x_MK y_NK
 ROWS_BY_COLUMNS = ((1,), (0,)), ((), ())  # x_MK y_KN
 
@@ -46,7 +49,7 @@ def query_block(entry: jax.Array) -> jax.Array:
 
 
 def key_block(entry: jax.Array) -> jax.Array:
-    return (entry >> Z_SHIFT) % MAX_Z
+    return (entry >> Z_SHIFT) & (MAX_Z - 1)
 
 
 def forward(

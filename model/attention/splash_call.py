@@ -43,7 +43,7 @@ class Call(NamedTuple):
         k_at_B8S: jax.Array,
         results: Sequence[str],
     ) -> tuple[jax.Array, ...]:
-        """Names of `arrays` end in the block that the body sees, `results` are such endings."""
+        """`arrays` by their names in the body, which end in the block seen; so do `results`."""
         tiles_BW, count = tile_list(self.how.mask, q_at_B8T, k_at_B8S, self.R, self.C)
         (B, W), S, T = tiles_BW.shape, k_at_B8S.shape[2], q_at_B8T.shape[2]
         arrays = {**arrays, "q_at_8R": q_at_B8T, "k_at_8C": k_at_B8S}
@@ -55,13 +55,18 @@ class Call(NamedTuple):
         blocks_of = self.blocks(S // self.C, W)
         num_rows = splash_tiles.SCRATCH[body.__name__]
 
+        def kernel(tiles_W, slope_N, *refs):
+            inputs = dict(zip(arrays, refs, strict=False))
+            rest = refs[len(arrays) :]
+            body(tiles_W, slope_N, *rest, **inputs, how=self.how, num_tiles=W)
+
         def run(*operands, interpret):
             vary = jax.typeof(operands[0]).manual_axis_type
             shape = functools.partial(
                 jax.ShapeDtypeStruct, dtype=jnp.float32, manual_axis_type=vary
             )
             call = pl.pallas_call(
-                functools.partial(body, how=self.how, num_tiles=W),
+                kernel,
                 grid_spec=pltpu.PrefetchScalarGridSpec(
                     num_scalar_prefetch=2,
                     grid=(B, self.K, self.N // self.K, operands[0]),

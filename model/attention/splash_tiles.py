@@ -55,16 +55,16 @@ def key_block(entry: jax.Array) -> jax.Array:
 def forward(
     tiles_W,  # scalars: the list,
     slope_N,  # and slopes of the heads
+    out_HR,  # results, float32
+    lse_1R,
+    high_1R,  # scratch: largest score so far, in base 2
+    total_1R,  # and the sum of 2 ^ (score - high)
+    *,
     q_RH,
     k_CH,
     v_HC,
     q_at_8R,  # position, segment, and rows of padding
     k_at_8C,
-    out_HR,  # float32, as all that follows
-    lse_1R,
-    high_1R,  # scratch: largest score so far, in base 2
-    total_1R,  # and the sum of 2 ^ (score - high)
-    *,
     how: How,
     num_tiles: int,
 ) -> None:
@@ -105,6 +105,10 @@ def forward(
 def backward(
     tiles_W,
     slope_N,
+    dq_HR,  # results, float32; dq and dk lack the factor `scale`
+    dk_ZCH,  # of all key blocks: in VMEM for all tiles of all heads that share these keys
+    dv_ZCH,
+    *,
     q_RH,
     dout_RH,
     lse_1R,  # in base 2; +inf where a query saw nothing
@@ -114,10 +118,6 @@ def backward(
     v_CH,
     q_at_8R,
     k_at_8C,
-    dq_HR,  # float32, as all that follows; dq and dk lack the factor `scale`
-    dk_ZCH,  # of all key blocks: in VMEM for all tiles of all heads that share these keys
-    dv_ZCH,
-    *,
     how: How,
     num_tiles: int,
 ) -> None:

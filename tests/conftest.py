@@ -26,7 +26,8 @@ if not flags.FLAGS.is_parsed():
 # The TPU compiler exists for Linux on x86-64 alone. There `make setup` brings it (setup.py), and
 # tests that need it fail without it: they are never skipped.
 HAS_TPU_COMPILER = (sys.platform, platform.machine()) == ("linux", "x86_64")
-collect_ignore = [] if HAS_TPU_COMPILER else ["test_train_aot.py"]
+NEED_TPU_COMPILER = ["test_train_aot.py", "test_model_attention_splash_aot.py"]
+collect_ignore = [] if HAS_TPU_COMPILER else NEED_TPU_COMPILER
 
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2)]
 
@@ -49,6 +50,16 @@ def one_device():
     """The mesh (1, 1, 1), in use."""
     with jax.set_mesh(make_mesh((1, 1, 1))):
         yield
+
+
+@pytest.fixture(scope="module")
+def compile_only():
+    """What train.aot does first; the variables are gone after the tests."""
+    before = set(os.environ)
+    backend.compile_only()
+    yield
+    for name in set(os.environ) - before:
+        del os.environ[name]
 
 
 @pytest.fixture(scope="session")

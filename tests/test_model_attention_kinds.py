@@ -79,8 +79,24 @@ def attended(kind: str, strategy: str, ulysses: int, sizes: tuple[int, int, int]
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_over_every_strategy(kind, spread):
+    assert_equals_one_device(kind, spread, "chunked")
+
+
+@pytest.mark.parametrize(("kind", "spread"), [("sliding", "ring"), ("prefix", "ring x ulysses")])
+def test_splash_over_strategies(kind, spread):
+    assert_equals_one_device(kind, spread, "splash")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_splash_with_every_kind_over_every_strategy(kind, spread):
+    assert_equals_one_device(kind, spread, "splash")
+
+
+def assert_equals_one_device(kind, spread, kernel):
     expected = attended(kind, "local", 1, (1, 1, 1), "reference")
-    actual = attended(kind, *SPREADS[spread], "chunked")
+    actual = attended(kind, *SPREADS[spread], kernel)
     for name, a, b in zip(("out", "dq", "dk", "dv", "dsink"), actual, expected, strict=True):
         if b is not None:
             assert np.abs(b).max() > 0

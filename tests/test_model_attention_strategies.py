@@ -88,7 +88,7 @@ EVERY = [
     for (strategy, ulysses), seq, kernel, spec in itertools.product(
         [("allgather", 1), ("ring", 1), ("ulysses", 1), ("ring", 2), ("ring", 4)],
         (2, 3, 4, 8),
-        ("reference", "chunked"),
+        ("reference", "chunked", "splash"),
         SPECS,
     )
     if seq % ulysses == 0

@@ -1,5 +1,6 @@
 """train.aot with the real TPU compiler, on small shapes and slices that are not there."""
 
+import collections
 import dataclasses
 import functools
 import importlib.util
@@ -14,7 +15,6 @@ import pytest
 import train_cases
 from train_cases import command
 
-from core import backend
 from core.aot import slice_devices
 from core.sharding import MeshConfig, make_mesh
 from model.attention.spec import full
@@ -35,14 +35,7 @@ SMALL = dict(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_only():
-    """What the command does first; the variables are gone after the tests."""
-    before = set(os.environ)
-    backend.compile_only()
-    yield
-    for name in set(os.environ) - before:
-        del os.environ[name]
+pytestmark = pytest.mark.usefixtures("compile_only")
 
 
 def experiment(folder, aot=None, mesh=None, model=None, **train):
@@ -79,11 +72,13 @@ def test_report_of_a_sharded_step(tmp_path, capsys, monkeypatch):
     assert text.read_text().startswith("HloModule")
 
 
-def test_the_ring_sends_while_the_kernel_works(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("kernel", ["chunked", "auto"])
+def test_the_ring_sends_while_the_kernel_works(tmp_path, capsys, monkeypatch, kernel):
     """Between start and done of a send stands the conditional that holds the kernel."""
     text = tmp_path / "step.txt"
-    mesh = dict(data=1, seq=4, strategy="ring")
-    case = experiment(tmp_path, dict(topology="v5e:2x2", text=str(text)), mesh)
+    mesh, model = dict(data=1, seq=4, strategy="ring"), dict(attention_kernel=kernel)
+    aot = dict(topology="v5e:2x2", text=str(text))
+    case = experiment(tmp_path, aot, mesh, model, length=512)  # auto is splash from 128 a device on
     assert run(capsys, monkeypatch, case)[0] == 0
     report = json.loads((tmp_path / "aot.json").read_text())
     sends = [c["async"] for c in report["collectives"] if c["kind"] == "collective-permute"]
@@ -97,6 +92,10 @@ def test_the_ring_sends_while_the_kernel_works(tmp_path, capsys, monkeypatch):
             sent, done = (before.count(f"collective-permute-{end}") for end in ("start", "done"))
             hops.append(sent == steps.count("collective-permute-start") and not done)
     assert len(hops) >= 2 and all(hops), "forward and backward, each with all sends under way"
+    kernels = re.findall(r"%(splash_\w+?)[.\d]* = .* custom-call\(", text.read_text())
+    # First hop, those between, last hop; remat="dots" redoes no kernel.
+    expected = {"splash_forward": 3, "splash_backward": 3} if kernel == "auto" else {}
+    assert collections.Counter(kernels) == expected
 
 
 def test_flops_are_those_of_the_formula(tmp_path):

@@ -129,9 +129,10 @@ def _kernel(name: str, tokens: int) -> str:
     kind = _device_kind()
     on_tpu = kind.startswith("TPU")
     if name == "auto":
-        few = f" and {tokens} tokens a device, fewer than the {splash.LANES} lanes of a tile"
         name = "splash" if on_tpu and tokens >= splash.LANES else "chunked"
-        _log_once(f"attention_kernel=auto: {name} for {kind}{few if tokens < splash.LANES else ''}")
+        few = f": {tokens} tokens a device do not fill the {splash.LANES} lanes of splash"
+        reason = few if on_tpu and name == "chunked" else ""
+        _log_once(f"attention_kernel=auto: {name} for {kind}{reason}")
     elif name not in KERNELS:
         raise UserError(f"attention_kernel={name!r} is not one of auto, {', '.join(KERNELS)}")
     elif name == "splash" and not on_tpu:

@@ -96,8 +96,9 @@ def test_each_width_compiles(H, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v4:1x1x1", "v5e:1x1", "v5p:1x1x1", "v6e:1x1"])
+@pytest.mark.parametrize("topology", ["v4:1x1x1", "v5e:1x1"])
 @pytest.mark.parametrize(("H", "dtype"), [(128, "bfloat16"), (128, "float32"), (256, "float32")])
 @pytest.mark.parametrize("spec", [full(softcap=30.0), block_sparse(2048, 2, 3, alibi=True)])
 def test_the_largest_blocks_fit_the_vector_memory(topology, H, dtype, spec):
+    """A v4 has 16 MiB, and others leave as much to a kernel, a v6e more."""
     assert set(kernels(topology, spec, 16384, H, dtype)) == set(BOTH)

@@ -15,7 +15,7 @@ import pytest
 import train_cases
 from train_cases import command
 
-from core.aot import slice_devices
+from core.aot import compile_for, slice_devices
 from core.sharding import MeshConfig, make_mesh
 from model.attention.spec import full
 from model.config import ModelConfig
@@ -120,6 +120,23 @@ def test_a_model_that_is_too_large_is_an_answer(tmp_path, capsys):
     assert report["collectives"] == []
     out = capsys.readouterr().out
     assert "NO" in out and "--config.train.remat=full" in out and "shorter context" in out
+
+
+def test_a_kernel_too_large_for_its_chip_is_no_answer():
+    """libtpu says it in the words of a refusal, but no fewer tokens would help."""
+
+    class Lowered:
+        in_avals = ()
+
+        def __init__(self, says):
+            self.says = says
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {self.says}")
+
+    assert compile_for(Lowered("Used 18.5G of 15.75G hbm.")).hbm_bytes == 18.5 * 2**30
+    with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
+        compile_for(Lowered("Used 16.31M of 16.00M vmem. Exceeded vmem capacity"))
 
 
 @pytest.mark.parametrize("topology", ["v5e:3x5", "v7x:2x2x1", "v5e", "v5e:0x2", "big:2x2"])

@@ -23,8 +23,11 @@ from core.config import UserError
 EXAMPLES = "v4:2x2x4, v5e:4x4, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4"
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # "... total memory required for HLO temporaries (18.00G) exceeds available HBM (15.75G)": it says
-# temporaries, and means arguments and results too. Older: "Used 18.20G of 15.75G hbm".
-NEEDED = re.compile(r"(?:temporaries \(|Used )([\d.]+)([KMGT]?)")
+# temporaries, and means arguments and results too. Older: "Used 18.20G of 15.75G hbm"; of "vmem",
+# the memory of a kernel, it says the same, and that is a mistake of ours.
+NEEDED = re.compile(
+    r"(?:temporaries \(|Used )([\d.]+)([KMGT]?)(?:\) exceeds available HBM| of \S+ hbm)"
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,9 @@
 XLA's own cost_analysis() counts the body of a loop once, so a scan over 32 layers counts as one,
 and it answers -1 s for what it cannot time. Here a body counts as often as it runs, wherever its
 condition compares with a constant. Loops whose trips depend on data (the key tiles that a query
-tile meets) are counted apart, one trip each: only the caller knows how many there are. So are the
-products whose op_name contains `scope`: what the caller has a formula for.
+tile meets) are counted apart, one trip each: only the caller knows how many there are. With them
+are Pallas kernels, which nothing can look into, by the estimate that they carry: of ours, of all
+tiles. Apart, too, are products whose op_name contains `scope`: what the caller has a formula for.
 
 All figures are of one device. FLOPs are of matrix products alone, 2 for a multiply-add.
 """
@@ -43,7 +44,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """`loop_*` are of loops with an unknown number of trips, as if each made one trip.
+    """`loop_*` are of loops with an unknown number of trips, as if each made one, and of kernels.
 
     No product is in two of the three: in a loop, else in the scope, else in `flops`.
     """
@@ -99,6 +100,10 @@ class _Counter:
             elif instruction.opcode in ("call", "conditional"):
                 for callee in instruction.calls.values():  # of branches each: an upper bound
                     self.visit(callee, times, in_loop)
+            elif estimate := instruction.estimate():
+                flops, num_bytes = estimate
+                self.flops[True, False] += times * flops
+                self.bytes[True] += times * num_bytes
             else:
                 self.collective(instruction, computation, times)
                 for in_scope, flops in self.products(instruction, computation).items():

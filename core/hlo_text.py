@@ -11,6 +11,7 @@ LINE = re.compile(r"\s+(ROOT )?%([^\s]+) = (.*)$")
 CALLS = re.compile(
     r"\b(calls|condition|body|to_apply|true_computation|false_computation)=%([^\s,]+)"
 )
+ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
 BITS = {"pred": 8, "token": 0, "opaque": 0}  # of the types whose names do not end in their bits
 
 
@@ -58,6 +59,11 @@ class Instruction:
     def numbers(self, name: str) -> list[str]:
         found = re.search(rf"\b{name}=\{{([^}}]*)\}}", self.rest)
         return found[1].split(",") if found else []
+
+    def estimate(self) -> tuple[int, int] | None:
+        """(FLOPs, bytes) that a kernel is said to take, where it says so."""
+        found = ESTIMATE.search(self.rest) if self.opcode == "custom-call" else None
+        return (int(found[1]), int(found[2])) if found else None
 
     def window(self) -> dict[str, list[int]]:
         """Of a convolution, by spatial dim: low padding, stride, dilations."""

@@ -13,6 +13,7 @@ from absl import flags
 
 from core import backend, sharding
 from data import prepare
+from model.attention import splash
 from train import pretrain
 
 # Tests compile more than they run; this halves the time of the suite. Children inherit it.
@@ -25,7 +26,12 @@ if not flags.FLAGS.is_parsed():
 # The TPU compiler exists for Linux on x86-64 alone. There `make setup` brings it (setup.py), and
 # tests that need it fail without it: they are never skipped.
 HAS_TPU_COMPILER = (sys.platform, platform.machine()) == ("linux", "x86_64")
-collect_ignore = [] if HAS_TPU_COMPILER else ["test_train_aot.py", "test_infer_aot.py"]
+NEED_TPU_COMPILER = [
+    "test_train_aot.py",
+    "test_infer_aot.py",
+    "test_model_attention_splash_aot.py",
+]
+collect_ignore = [] if HAS_TPU_COMPILER else NEED_TPU_COMPILER
 
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2)]
 
@@ -35,6 +41,12 @@ def make_mesh(sizes):
     explicit = (jax.sharding.AxisType.Explicit,) * len(sharding.AXES)
     devices = jax.devices()[: int(np.prod(sizes))]
     return jax.make_mesh(sizes, sharding.AXES, axis_types=explicit, devices=devices)
+
+
+def small_tiles(monkeypatch, size):
+    """Blocks of `size` for splash, so that short rows have several."""
+    for name in ("LANES", "MIN_BLOCK", "QUERIES", "BACKWARD_QUERIES", "KEYS"):
+        monkeypatch.setattr(splash, name, size)
 
 
 @pytest.fixture

@@ -105,3 +105,14 @@ def test_text_of_shapes_tuples_and_memory_spaces():
 def test_a_window_over_batch_dims_counts_each_batch_once():
     """What TPUs make of a batched product: [2, 512, 8] x [2, 8, 16]; a hole is no product."""
     assert hlo.count(f"HloModule m\n\n{LINE}", "nowhere").flops == 2 * 2 * 512 * 8 * 16
+
+
+def test_a_kernel_counts_as_it_says():
+    """With the loops, whose trips are not known either; its operands are in its estimate."""
+    call = 'custom-call(%a, %b), custom_call_target="tpu_custom_call", backend_config={'
+    call += '"custom_call_config":{"body":"TUzv","cost_estimate":{"flops":"640","x":"7",'
+    call += '"bytes_accessed":"96"}}}\n}\n'
+    text = LINE[: LINE.index("convolution")] + call
+    program = hlo.count(f"HloModule m\n\n{text}", "nowhere")
+    assert (program.loop_flops, program.loop_bytes) == (640, 96)
+    assert (program.flops, program.bytes) == (0, 0)

@@ -9,15 +9,42 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import CASES, Case, documents
+from conftest import small_tiles
 from tolerances import assert_close
 
 from model.attention import blocks, chunked, decode, local, reference
-from model.attention.attend import KERNELS
 from model.attention.blocks import Pair
+from model.attention.kernels import KERNELS
 from model.attention.spec import Heads, Mask, Where
 
 BLOCK = 16
 IDS = [str(case) for case in CASES]
+# Interpreted kernels take long to compile: each kind once, the other cases are slow.
+SPLASH_CASES = {
+    Case("packed"),
+    Case("shuffled", window=7),
+    Case("one", window=1, N=1, K=1),
+    Case("packed", window=17, softcap=2.0, K=1),
+    Case("packed", window=100, softcap=2.0, causal=False),
+    Case("cache", window=30),
+    Case("future", window=7),
+    Case("one", chunk=9),
+    Case("shuffled", window=5, sinks=3, sink_logit=True),
+    Case("packed", block=3, local=2, stride=3),
+    Case("packed", prefix=11),
+    Case("padded", alibi=True),
+}
+
+
+def every(kernels):
+    """(kernel, case) of the whole table."""
+    assert set(CASES) >= SPLASH_CASES
+    return [
+        pytest.param(kernel, case, id=f"{kernel}-{case}", marks=[pytest.mark.slow] * is_slow)
+        for kernel in kernels
+        for case in CASES
+        for is_slow in [kernel == "splash" and case not in SPLASH_CASES]
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +53,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(chunked, "MIN_BLOCK", BLOCK)
     monkeypatch.setattr(chunked, "MAX_BLOCK", BLOCK)
     monkeypatch.setattr(chunked, "TILE_SCORES", 2 * BLOCK * BLOCK)
+    small_tiles(monkeypatch, BLOCK)
     monkeypatch.setattr(decode, "BLOCK", 8)
 
 
@@ -65,8 +93,7 @@ def run(kernel: str, case: Case, dtype=jnp.float32):
     return tokens, rounded, results
 
 
-@pytest.mark.parametrize("case", CASES, ids=IDS)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("kernel", "case"), every(KERNELS))
 def test_kernel_equals_the_oracle(kernel, case):
     tokens, (q, k, v, _), (out, lse, _) = run(kernel, case)
     expected_out, expected_lse = attention_cases.oracle(case, tokens, q, k, v)
@@ -97,8 +124,7 @@ def differences(case: Case, tokens, qkv, dout, step: float = 1e-5):
         yield index, direction, (values[0] - values[1]) / (2 * step)
 
 
-@pytest.mark.parametrize("case", CASES, ids=IDS)
-@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "reference"])
+@pytest.mark.parametrize(("kernel", "case"), every(name for name in KERNELS if name != "reference"))
 def test_gradients_equal_those_of_the_reference(kernel, case):
     expected = run("reference", case)[2][2]
     actual = run(kernel, case)[2][2]
@@ -133,7 +159,8 @@ def test_rows_that_see_nothing_are_zero_and_pass_nothing_back(kernel, layout, ro
     assert all(np.isfinite(x).all() for x in gradients[:3])
 
 
-def test_chunked_never_touches_tiles_out_of_reach():
+@pytest.mark.parametrize("kernel", ["chunked", "splash"])
+def test_tiles_out_of_reach_are_never_touched(kernel):
     """NaN in a tile that is visited spreads, masked or not: 0 * NaN is NaN.
 
     Documents of 4 and 6 blocks; a window of 2 blocks reaches back 2 blocks.
@@ -142,7 +169,7 @@ def test_chunked_never_touches_tiles_out_of_reach():
     shape = (1, end, 1, attention_cases.H)
     q, k, v, dout = np.random.default_rng(0).standard_normal((4, *shape)).astype(np.float32)
     at = where(*documents((document, end - document), length=end))
-    run_it = compiled("chunked", Mask(window=2 * BLOCK), 0.0)
+    run_it = compiled(kernel, Mask(window=2 * BLOCK), 0.0)
 
     def spoilt(x, start, stop):
         x = x.copy()

@@ -9,7 +9,7 @@ from conftest import make_mesh
 from test_model_attention_strategies import call
 
 from core import hardware, sharding
-from model.attention import attend, cost
+from model.attention import cost, kernels
 from model.attention.spec import full, sliding
 
 V5P = hardware.CHIPS["TPU v5"]
@@ -67,7 +67,7 @@ def test_a_window_in_order_is_a_ring_of_two_hops():
 
 @pytest.mark.parametrize(("kind", "spec"), [("full", full()), ("sliding", sliding(8))])
 def test_auto_logs_what_it_chose_and_why(monkeypatch, caplog, kind, spec):
-    attend._log_once.cache_clear()
+    kernels.log_once.cache_clear()
     monkeypatch.setattr(hardware, "chip", lambda name: dataclasses.replace(V5P, flops=1e20))
     with jax.set_mesh(make_mesh((1, 4, 1))), caplog.at_level(logging.INFO, "cakrawala"):
         function, arguments = call(sharding.training(), spec, heads=(4, 4))
@@ -77,7 +77,7 @@ def test_auto_logs_what_it_chose_and_why(monkeypatch, caplog, kind, spec):
 
 
 def test_auto_is_the_ring_where_nothing_is_known(caplog):
-    attend._log_once.cache_clear()
+    kernels.log_once.cache_clear()
     with jax.set_mesh(make_mesh((1, 4, 1))), caplog.at_level(logging.INFO, "cakrawala"):
         function, arguments = call(sharding.training(), full())
         jax.jit(function).lower(*arguments)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_runs import Run, assert_equal_to_one_device, results
+from conftest import small_tiles
 
 from core import sharding
 from core.config import UserError
@@ -38,14 +39,31 @@ SPREADS = {  # (strategy, neighbours that exchange heads, mesh)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(chunked, "MIN_BLOCK", 4)
     monkeypatch.setattr(chunked, "MAX_BLOCK", 4)
+    small_tiles(monkeypatch, 4)
 
 
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_over_every_strategy(kind, spread):
+    check(kind, spread, "chunked")
+
+
+@pytest.mark.parametrize(("kind", "spread"), [("sliding", "ring"), ("prefix", "ring x ulysses")])
+def test_splash_over_strategies(kind, spread):
+    check(kind, spread, "splash")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_splash_with_every_kind_over_every_strategy(kind, spread):
+    check(kind, spread, "splash")
+
+
+def check(kind, spread, kernel):
     strategy, ulysses, sizes = SPREADS[spread]
-    where = dict(strategy=strategy, ulysses=ulysses, sizes=sizes)
-    run = Run(KINDS[kind], ((7, 1, 28, 12), (LENGTH,)), LENGTH, (N, K), **where)
+    how = dict(strategy=strategy, ulysses=ulysses, sizes=sizes, kernel=kernel)
+    run = Run(KINDS[kind], ((7, 1, 28, 12), (LENGTH,)), LENGTH, (N, K), **how)
     assert all(np.abs(x).max() > 0 for x in results(run) if x is not None)
     assert_equal_to_one_device(run)
 

@@ -19,7 +19,7 @@ from tolerances import assert_close
 from core import sharding
 from core.config import UserError
 from data import layout
-from model.attention import attend, chunked, nsa, pairs, select, spec
+from model.attention import attend, chunked, kernels, nsa, pairs, select, spec
 from model.attention.spec import AttentionSpec, Heads, Where
 from model.flops import keys_seen
 
@@ -250,7 +250,7 @@ def test_work_grows_with_the_blocks_chosen(monkeypatch, shards):
         return chunked.forward(*args, **how)
 
     kernel = types.SimpleNamespace(forward=forward, backward=chunked.backward)
-    monkeypatch.setitem(attend.KERNELS, "counted", kernel)
+    monkeypatch.setitem(kernels.KERNELS, "counted", kernel)
     tiles = {}
     for length in (256, 512):
         count = 0

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import Case, documents
-from conftest import make_mesh
+from conftest import make_mesh, small_tiles
 from tolerances import assert_close
 
 from core import sharding
 from core.config import UserError
 from core.sharding import Layout
 from data import layout
-from model.attention import attend, chunked, ring
+from model.attention import attend, chunked, kernels, reference, ring
 from model.attention.spec import AttentionSpec, Mask, Where, full, sliding
 
 LENGTH, H = 48, attention_cases.H
@@ -71,6 +71,8 @@ HOWS = (
     over("ring", 3, "chunked", "window"),
     over("ring", 4, "reference", "window"),
     over("ring", 8, "chunked", "full"),
+    over("ring", 4, "splash", "window"),
+    over("allgather", 3, "splash", "full"),
     over("ulysses", 2, "chunked", "full"),
     over("ulysses", 3, "reference", "full"),
     over("ulysses", 4, "reference", "window"),
@@ -86,7 +88,7 @@ EVERY = [
     for (strategy, ulysses), seq, kernel, spec in itertools.product(
         [("allgather", 1), ("ring", 1), ("ulysses", 1), ("ring", 2), ("ring", 4)],
         (2, 3, 4, 8),
-        ("reference", "chunked"),
+        ("reference", "chunked", "splash"),
         SPECS,
     )
     if seq % ulysses == 0
@@ -100,6 +102,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(chunked, "MAX_BLOCK", 4)
     monkeypatch.setattr(chunked, "TILE_SCORES", 64)
     monkeypatch.setattr(layout, "TILE", 2)
+    small_tiles(monkeypatch, 4)
 
 
 @functools.cache
@@ -270,12 +273,12 @@ def test_hops_out_of_reach_run_no_kernel(monkeypatch, spec, order, lengths, runs
     def counted(name):
         def run(*args, **how):
             jax.debug.callback(lambda: counts.update({name: counts[name] + 1}))
-            return getattr(attend.reference, name)(*args, **how)
+            return getattr(reference, name)(*args, **how)
 
         return run
 
     kernel = types.SimpleNamespace(**{name: counted(name) for name in counts})
-    monkeypatch.setitem(attend.KERNELS, "counted", kernel)
+    monkeypatch.setitem(kernels.KERNELS, "counted", kernel)
     with jax.set_mesh(make_mesh((1, 4, 1))):
         rules = sharding.training("ring", layout=order)
         gradient, (q, k, v, _) = call(rules, spec, kernel="counted")

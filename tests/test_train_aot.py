@@ -1,5 +1,6 @@
 """train.aot with the real TPU compiler, on small shapes and slices that are not there."""
 
+import collections
 import dataclasses
 import functools
 import importlib.util
@@ -14,7 +15,7 @@ import pytest
 import train_cases
 from train_cases import command
 
-from core.aot import slice_devices
+from core.aot import compile_for, slice_devices
 from core.sharding import MeshConfig, make_mesh
 from model.attention.spec import full
 from model.config import ModelConfig
@@ -71,11 +72,13 @@ def test_report_of_a_sharded_step(tmp_path, capsys, monkeypatch):
     assert text.read_text().startswith("HloModule")
 
 
-def test_the_ring_sends_while_the_kernel_works(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("kernel", ["chunked", "auto"])
+def test_the_ring_sends_while_the_kernel_works(tmp_path, capsys, monkeypatch, kernel):
     """Between start and done of a send stands the conditional that holds the kernel."""
     text = tmp_path / "step.txt"
-    mesh = dict(data=1, seq=4, strategy="ring")
-    case = experiment(tmp_path, dict(topology="v5e:2x2", text=str(text)), mesh)
+    mesh, model = dict(data=1, seq=4, strategy="ring"), dict(attention_kernel=kernel)
+    aot = dict(topology="v5e:2x2", text=str(text))
+    case = experiment(tmp_path, aot, mesh, model, length=512)  # auto is splash from 128 a device on
     assert run(capsys, monkeypatch, case)[0] == 0
     report = json.loads((tmp_path / "aot.json").read_text())
     sends = [c["async"] for c in report["collectives"] if c["kind"] == "collective-permute"]
@@ -89,6 +92,10 @@ def test_the_ring_sends_while_the_kernel_works(tmp_path, capsys, monkeypatch):
             sent, done = (before.count(f"collective-permute-{end}") for end in ("start", "done"))
             hops.append(sent == steps.count("collective-permute-start") and not done)
     assert len(hops) >= 2 and all(hops), "forward and backward, each with all sends under way"
+    kernels = re.findall(r"%(splash_\w+?)[.\d]* = .* custom-call\(", text.read_text())
+    # First hop, those between, last hop; remat="dots" redoes no kernel.
+    expected = {"splash_forward": 3, "splash_backward": 3} if kernel == "auto" else {}
+    assert collections.Counter(kernels) == expected
 
 
 def test_flops_are_those_of_the_formula(tmp_path):
@@ -113,6 +120,23 @@ def test_a_model_that_is_too_large_is_an_answer(tmp_path, capsys):
     assert report["collectives"] == []
     out = capsys.readouterr().out
     assert "NO" in out and "--config.train.remat=full" in out and "shorter context" in out
+
+
+def test_a_kernel_too_large_for_its_chip_is_no_answer():
+    """libtpu says it in the words of a refusal, but no fewer tokens would help."""
+
+    class Lowered:
+        in_avals = ()
+
+        def __init__(self, says):
+            self.says = says
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {self.says}")
+
+    assert compile_for(Lowered("Used 18.5G of 15.75G hbm.")).hbm_bytes == 18.5 * 2**30
+    with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
+        compile_for(Lowered("Used 16.31M of 16.00M vmem. Exceeded vmem capacity"))
 
 
 @pytest.mark.parametrize("topology", ["v5e:3x5", "v7x:2x2x1", "v5e", "v5e:0x2", "big:2x2"])

@@ -105,12 +105,12 @@ def costs(
 ) -> dict[str, Any]:
     """FLOPs, bytes, time and collectives of one step, on the device that has most to do.
 
-    Attention is counted by formula: how many tiles its loops visit depends on the documents. Its
-    bytes are those of one trip, times the trips that the formula's FLOPs make.
+    Attention is counted by formula: how many tiles are visited depends on the documents. Its bytes
+    are those of one trip of its loops, or of all tiles of its kernels, in proportion to the FLOPs.
     """
     mesh = sharding.axis_sizes(experiment.mesh, devices)
     attention = busiest_device(experiment.model, experiment.train, mesh, order)
-    trips = max(1.0, (attention - program.scope_flops) / max(program.loop_flops, 1.0))
+    trips = (attention - program.scope_flops) / max(program.loop_flops, 1.0)
     flops = program.flops + attention
     num_bytes = program.bytes + program.loop_bytes * (trips if program.loop_flops else 1)
     seconds = chip and optimal_seconds(flops, num_bytes, program.collectives, chip)

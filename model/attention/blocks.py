@@ -61,6 +61,25 @@ def meets(mask: Mask, q_ends: Ends, k_ends: Ends) -> jax.Array:
     return meets
 
 
+def covers(mask: Mask, q_ends: Ends, k_ends: Ends) -> jax.Array:
+    """Whether each query of one block sees each key of the other, for certain.
+
+    For blocks of one document each, without padding.
+    """
+    (q_low, q_high), (k_low, k_high) = q_ends, k_ends
+    covers = q_low.segments_BT == k_low.segments_BT
+    if mask.causal:
+        covers &= (k_high.positions_BT <= q_low.positions_BT) | (k_high.positions_BT < mask.prefix)
+    if mask.limited:
+        near = ~_is_behind(mask, q_high.positions_BT, k_low.positions_BT)
+        if mask.window and not mask.causal:
+            near &= k_high.positions_BT - q_low.positions_BT < mask.window
+        if mask.chunk:
+            near &= ~_is_behind(mask, k_high.positions_BT, q_low.positions_BT)
+        covers &= near | (k_high.positions_BT < mask.sinks)
+    return covers
+
+
 def _is_behind(mask: Mask, q_low: jax.Array, k_high: jax.Array) -> jax.Array:
     """Whether the last key is no longer near the first query of its document."""
     if mask.window:

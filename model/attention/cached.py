@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from core.config import Unsupported
 from core.sharding import Rules
 from model.attention import blocks, decode
-from model.attention.attend import Call
 from model.attention.blocks import Pair, Part
 from model.attention.decode import Shard, Stored
 from model.attention.spec import AttentionSpec, Heads, Where
+from model.attention.strategies import Call
 
 
 def attend_cached(

@@ -16,6 +16,7 @@ from model.attention.cached_select import Cached
 from model.attention.decode import New, Stored
 from model.attention.nsa import Compressor
 from model.attention.spec import AttentionSpec, Heads, Where, sliding
+from model.attention.strategies import Call
 
 
 def moba_cached(
@@ -31,7 +32,7 @@ def moba_cached(
     heads: Heads,
 ) -> tuple[jax.Array, New]:
     """(out [B, T, N, H], mean keys of the blocks that are whole now)."""
-    call = attend.Call.of(q_BTNH, k_BTKH, spec, kernel, rules)
+    call = Call.of(q_BTNH, k_BTKH, spec, kernel, rules)
 
     def of_device(q_BTNH, k_BTKH, v_BTKH, heads, at, stored):
         heads = jax.tree.map(lambda x_N: blocks.vary(x_N, q_BTNH), heads)
@@ -64,7 +65,7 @@ def nsa_cached(
     rules: Rules,
 ) -> tuple[jax.Array, New]:
     """(out [B, T, N, H], compressed keys and values of the blocks that are whole now)."""
-    call = attend.Call.of(q_BTNH, k_BTKH, spec, kernel, rules)
+    call = Call.of(q_BTNH, k_BTKH, spec, kernel, rules)
     near = call._replace(spec=sliding(spec.window, softcap=spec.softcap))
 
     def of_device(q_BTNH, k_BTKH, v_BTKH, both, at, stored):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from core.sharding import Rules
-from model.attention import attend, blocks, local, select
+from model.attention import attend, blocks, kernels, local, select
 from model.attention.blocks import Pair
 from model.attention.spec import AttentionSpec, Heads, Mask, Where, sliding
 
@@ -75,7 +75,8 @@ def _compressed(q_BTNH, k_BTKH, v_BTKH, compressors, at, spec, *, kernel, rules)
     """(out [B, T, N, H] of the compressed branch, the blocks chosen by it [B, T, K, top])."""
     axes = rules.axes("length")
     scale = q_BTNH.shape[-1] ** -0.5
-    pair = Pair(attend.kernel_of(kernel), Mask(), scale, spec.softcap)
+    how = kernels.kernel_of(kernel, q_BTNH.shape[1] // rules.size("length"))
+    pair = Pair(how, Mask(), scale, spec.softcap)
 
     def of_device(q_BTNH, k_BTKH, v_BTKH, compressors, at):
         of = select.slots(at, spec.compress, spec.step, axes)

@@ -76,7 +76,9 @@ class Mask:
     def _far(self, q_positions, k_positions):
         far = k_positions < self.sinks
         if self.stride:
-            far = far | ((q_positions // self.block - k_positions // self.block) % self.stride == 0)
+            # Blocks apart by a multiple of the stride; no division is made pair by pair.
+            q_phase, k_phase = (x // self.block % self.stride for x in (q_positions, k_positions))
+            far = far | (q_phase == k_phase)
         return far
 
     @property

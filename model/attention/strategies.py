@@ -1,0 +1,172 @@
+"""WHERE, by name: what each `mesh.strategy` does with a kernel, and which one `auto` means.
+
+call = Call.of(q_BTNH, k_BTKH, full(), "chunked", rules)
+out_BTNH = call.way.attention(q_BTNH, k_BTKH, v_BTKH, heads, at, at)        inside shard_map
+"""
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from core import hardware
+from core.config import Unsupported
+from core.sharding import Rules
+from model.attention import cost, gather, local, ring, ulysses
+from model.attention.blocks import Pair, Part
+from model.attention.kernels import device_kind, kernel_of, log_once
+from model.attention.pairs import Pairs
+from model.attention.picked import Picked
+from model.attention.spec import AttentionSpec
+from model.flops import keys_seen
+
+
+def _strategy(call: "Call") -> str:
+    shards, choice = call.rules.size("length"), call.rules.strategy
+    if shards == 1:
+        return "local"  # whole rows: every strategy is this one
+    if choice == "auto":
+        return _choose(call, shards)
+    if choice == "local":
+        raise Unsupported(
+            f"mesh.strategy='local' needs whole rows, but the length has {shards} shards: "
+            "use 'ring', 'allgather' or 'ulysses', or mesh.seq=1"
+        )
+    return choice
+
+
+def _choose(call: "Call", shards: int) -> str:
+    """What strategy=auto means for this layer, logged; the ring where the chip is not known."""
+    kind = device_kind()
+    chip = hardware.chip(kind)
+    found = cost.seconds(call.work(), chip) if chip else {"ring": 0.0}
+    choice = min(found, key=found.get)
+    reason = cost.explain(found) if chip else f"no figures of {kind!r} to compare by"
+    log_once(
+        f"mesh.strategy=auto: {choice} for kind={call.spec.kind!r} over {shards} shards; {reason}"
+    )
+    return choice
+
+
+class Call(NamedTuple):
+    """What a strategy is made from; shapes are those of whole arrays."""
+
+    kernel: ModuleType
+    spec: AttentionSpec
+    rules: Rules
+    q_shape: tuple[int, int, int, int]
+    num_kv_heads: int
+    itemsize: int
+
+    @classmethod
+    def of(
+        cls, q_BTNH: jax.Array, k_BTKH: jax.Array, spec: AttentionSpec, kernel: str, rules: Rules
+    ) -> "Call":
+        """The call for these arrays."""
+        how = kernel_of(kernel, q_BTNH.shape[1] // rules.size("length"))
+        return cls(how, spec, rules, q_BTNH.shape, k_BTKH.shape[2], q_BTNH.dtype.itemsize)
+
+    @property
+    def way(self) -> "Way":
+        """What the strategy that `rules` ask for, or that is chosen for them, does."""
+        return STRATEGIES[_strategy(self)](self)
+
+    @property
+    def pair(self) -> Pair | Picked:
+        pair = Pair(self.kernel, self.spec.mask, self.q_shape[-1] ** -0.5, self.spec.softcap)
+        return Picked(pair, self.spec.block) if self.spec.top else pair
+
+    def once_sorted(self, way: "Way") -> "Way":
+        """`way`, its queries' choices sorted before: once for all hops."""
+
+        def sorting(f, q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at):
+            heads = heads._replace(chosen=Pairs.of(heads.chosen, q_at))
+            return f(q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at)
+
+        return Way(*(functools.partial(sorting, f) for f in way)) if self.spec.top else way
+
+    @property
+    def hops(self) -> int:
+        size = self.rules.ring_size()
+        contiguous = self.rules.layout == "contiguous"
+        return ring.hops(self.spec.mask, size, self.q_shape[1] // size, contiguous)
+
+    def work(self) -> cost.Work:
+        """One device's part, for the cost model; documents are taken to fill their rows."""
+        rules, (B, T, N, H) = self.rules, self.q_shape
+        shards = rules.size("length")
+        rows, tokens = B // rules.size("batch"), T // shards
+        return cost.Work(
+            rows,
+            tokens,
+            shards,
+            N // rules.size("act_heads"),
+            self.num_kv_heads // rules.size("act_kv_heads"),
+            H,
+            self.itemsize,
+            rows * tokens * float(keys_seen(self.spec, T).mean()),
+            self.hops,
+            rules.layout == "contiguous",
+            not self.spec.mask.reach,
+        )
+
+
+class Way(NamedTuple):
+    """A strategy at work on one device: f(q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at) of its tokens.
+
+    `attention` gives out in q's dtype, the sinks counted in, and can be differentiated; `part`
+    gives (out, lse) in float32 without sinks, to be merged with what else the tokens see.
+    """
+
+    attention: Callable[..., jax.Array]
+    part: Callable[..., Part]
+
+
+def _local(call: Call) -> Way:
+    return call.once_sorted(Way(functools.partial(local.attention, call.pair), call.pair.forward))
+
+
+def _allgather(call: Call) -> Way:
+    axes = call.rules.axes("length")
+    functions = gather.attention, gather.forward
+    return call.once_sorted(Way(*(functools.partial(f, axes, call.pair) for f in functions)))
+
+
+def _ring(call: Call) -> Way:
+    rules = call.rules
+    size = rules.ring_size()
+    places = ring.Ring(rules.axes("length"), size, rules.ulysses, call.hops)
+    way = Way(*(functools.partial(f, places, call.pair) for f in (ring.attention, ring.forward)))
+    way = call.once_sorted(way)
+    return way if rules.ulysses == 1 else _exchange(call, rules.ulysses, way)
+
+
+def _ulysses(call: Call) -> Way:
+    return _exchange(call, call.rules.size("length"), _local(call))
+
+
+def _exchange(call: Call, degree: int, inner: Way) -> Way:
+    rules = call.rules
+    N = call.q_shape[2] // rules.size("act_heads")
+    K = call.num_kv_heads // rules.size("act_kv_heads")
+    if not ulysses.deals(N, K, degree):
+        raise Unsupported(
+            f"kind={call.spec.kind!r} with mesh.strategy={rules.strategy!r} exchanges heads "
+            f"between {degree} devices, but there are {N} query heads and {K} kv heads to deal: "
+            f"{degree} must divide {N}, and divide {K} or be a multiple of it. "
+            "Use mesh.strategy='ring' with mesh.ulysses=1, or 'allgather', for any heads"
+        )
+    groups = np.arange(rules.size("length")).reshape(-1, degree).tolist()
+    exchanged = functools.partial(ulysses.attention, rules.axes("length"), groups)
+    return Way(*(functools.partial(exchanged, f) for f in inner))
+
+
+STRATEGIES: dict[str, Callable[[Call], Way]] = {
+    "local": _local,
+    "allgather": _allgather,
+    "ring": _ring,
+    "ulysses": _ulysses,
+}

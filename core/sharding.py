@@ -31,13 +31,13 @@ class MeshConfig(Section):
 
     simulate: int = setting(0, "simulated CPU devices; 0 takes the real ones", low=0)
     data: int = setting(-1, "devices over the batch and FSDP; -1 is the rest", low=-1)
-    seq: int = setting(1, "devices over the length (context parallel); -1 is the rest", low=-1)
+    seq: int = setting(1, "devices over the length and that of the cache; -1 is the rest", low=-1)
     model: int = setting(1, "devices over heads, MLP and vocabulary; -1 is the rest", low=-1)
     strategy: Strategy = setting("auto", "how keys reach queries when seq > 1")
     ulysses: int = setting(
         1, "neighbours of seq that exchange heads, for a ring over the groups of them", low=1
     )
-    layout: Literal["auto", Layout] = setting("auto", "order of the length over seq")
+    layout: Literal["auto", Layout] = setting("auto", "order of a training row over seq")
 
     def check(self) -> None:
         sizes = self.data, self.seq, self.model

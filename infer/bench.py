@@ -159,7 +159,9 @@ def report_row(
 ) -> dict[str, Any]:
     """The measured row; None is what is not known here."""
     config, batch = engine.model.config, engine.plan.batch
-    theory = cache.kv_bytes(config, batch, context, engine.model.rules)
+    rules = engine.model.rules
+    theory = cache.kv_bytes(config, batch, context, rules)
+    shards = math.prod(rules.size(name) for name in ("batch", "kv_length", "act_kv_heads"))
     on_device = theory * device_bytes(kv.slots) // tree.num_bytes(kv.slots)
     tokens = batch * context
     return {
@@ -170,7 +172,7 @@ def report_row(
         "prefill_tokens_per_second": tokens / prefill,
         "decode_ms_per_token": 1e3 * decode,
         "kv_bytes_theory": theory,
-        "kv_bytes_per_device": on_device,
+        "kv_bytes_per_device": theory // shards,
         "kv_bytes_live": live_bytes(kv),
         "peak_bytes": device_bytes(engine.model) + on_device + engine.temporary_bytes(),
         "mfu": prefill_mfu(config, context, tokens / prefill),

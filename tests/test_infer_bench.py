@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import make_mesh
 
-from core.config import UserError
+from core.config import Unsupported, UserError
+from core.sharding import MeshConfig
 from infer import bench
 from infer.config import BenchConfig
 from infer.engine import Engine, Plan
@@ -26,13 +27,17 @@ KEYS = {
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """(workdir, the report) of a sweep from a bundle, beyond the trained context of 64."""
+    """(workdir, the report) of a sweep from a bundle, beyond the trained context of 64.
+
+    Two devices share the length.
+    """
     workdir = tmp_path_factory.mktemp("bench")
     with jax.set_mesh(make_mesh((1, 1, 1))), pytest.MonkeyPatch.context() as patch:
         cases.save(workdir)
-        patch.setattr(bench, "make_mesh", lambda _: make_mesh((1, 1, 1)))
+        patch.setattr(bench, "make_mesh", lambda _: make_mesh((1, 2, 1)))
         config = BenchConfig(contexts=(96, 16, 40), repeats=1)
-        return workdir, bench.main(cases.experiment(workdir, bench=config))
+        mesh = MeshConfig(strategy="allgather")  # compiled faster than the ring of auto
+        return workdir, bench.main(cases.experiment(workdir, bench=config, mesh=mesh))
 
 
 def test_rows_have_every_key_and_positive_numbers(swept):
@@ -56,6 +61,7 @@ def test_the_cache_holds_what_theory_says(swept):
         kept = 6 if row["attention"] == "sliding" else row["context"]
         expected = token * 2 * (kept + row["context"])  # two layers of each kind
         assert row["kv_bytes_live"] == row["kv_bytes_theory"] == expected
+        assert row["kv_bytes_per_device"] == expected // 2
 
 
 def test_files(swept):
@@ -86,6 +92,13 @@ def test_without_a_bundle_the_weights_are_random(one_device, tmp_path, monkeypat
     assert weights.startswith("random") and model.config == cases.model_config()
     with pytest.raises(UserError, match="is no bundle"):
         bench.open_model(cases.experiment(tmp_path, bench=BenchConfig(checkpoint="nowhere")))
+
+
+def test_mesh_strategy_is_followed(swept, monkeypatch):
+    monkeypatch.setattr(bench, "make_mesh", lambda _: make_mesh((1, 2, 1)))
+    case = cases.experiment(swept[0], mesh=MeshConfig(strategy="local"))
+    with pytest.raises(Unsupported, match="mesh.strategy='local' needs whole rows"):
+        bench.main(case)
 
 
 def test_measuring_a_decode_leaves_the_cache_as_it_is(one_device):

@@ -14,7 +14,8 @@ from conftest import make_mesh
 from tolerances import assert_close
 
 from core import hlo, tree
-from core.config import UserError
+from core.config import Unsupported, UserError
+from core.sharding import MeshConfig
 from data.tokenizer import Tokenizer
 from infer import decode, load, text
 from infer.config import DecodeConfig
@@ -128,6 +129,13 @@ def test_a_mesh_decodes_as_one_device(sizes):
     expected, expected_BC = of_mesh((1, 1, 1))
     assert tokens == expected
     np.testing.assert_allclose(logprobs_BC[:3], expected_BC[:3], atol=1e-4)
+
+
+def test_mesh_strategy_is_followed(bundle, monkeypatch):
+    monkeypatch.setattr(decode, "make_mesh", lambda _: make_mesh((1, 2, 1)))
+    with pytest.raises(Unsupported, match="mesh.strategy='local' needs whole rows"):
+        config = DecodeConfig(max_tokens=8)
+        decode.main(cases.experiment(bundle, decode=config, mesh=MeshConfig(strategy="local")))
 
 
 def test_a_prompt_is_read_on_from_any_token():

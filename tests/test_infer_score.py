@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import make_mesh
 
-from core.config import UserError
+from core.config import Unsupported, UserError
+from core.sharding import MeshConfig
 from infer import load, score
 from infer.config import ScoreConfig
 
@@ -23,10 +24,11 @@ def bundle(tmp_path_factory):
     return workdir
 
 
-def run(bundle, monkeypatch, sizes=(1, 1, 1), **fields):
+def run(bundle, monkeypatch, sizes=(1, 1, 1), strategy="auto", **fields):
     """The rows of `python -m infer.score` with these fields, on a mesh of these sizes."""
     monkeypatch.setattr(score, "make_mesh", lambda _: make_mesh(sizes))
-    return score.main(cases.experiment(bundle, score=ScoreConfig(**fields)))
+    mesh = MeshConfig(strategy=strategy)
+    return score.main(cases.experiment(bundle, score=ScoreConfig(**fields), mesh=mesh))
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2), (2, 2, 2), (1, 4, 1)])
@@ -56,6 +58,12 @@ def test_scores_are_those_of_the_full_forward(bundle, tmp_path, monkeypatch, cap
     count = sum(len(row["tokens"]) - 1 for row in results)
     out = capsys.readouterr().out
     assert f"4 texts, {count} tokens scored" in out and f"{total / count:.4f} nats" in out
+
+
+def test_mesh_strategy_is_followed(bundle, tmp_path, monkeypatch):
+    path = cases.write_jsonl(tmp_path / "in.jsonl", [{"tokens": [3, 4]}])
+    with pytest.raises(Unsupported, match="mesh.strategy='local' needs whole rows"):
+        run(bundle, monkeypatch, (1, 2, 1), "local", input=path)
 
 
 def test_refused(bundle, tmp_path, monkeypatch):

@@ -245,6 +245,20 @@ def test_each_token_is_kept_once_where_it_belongs(how):
     assert held_BPS[0].size < (kept or ROOM) + 2 * P
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize("kind", ["full", "sinks"])
+def test_bytes_are_those_that_are_allocated(kind, sizes):
+    """The last mesh has more shards of the heads than there are kv heads."""
+    how = How(kind, sizes)
+    with jax.set_mesh(make_mesh(sizes)):
+        held = cache.create(config(how), 4, ROOM + 1, how.rules)
+        (slot,) = held.slots
+        expected = cache.kv_bytes(config(how), 4, ROOM + 1, how.rules)
+        assert slot.k_LBKSH.nbytes + slot.v_LBKSH.nbytes == expected
+        (share,) = {shard.data.nbytes for shard in slot.k_LBKSH.addressable_shards}
+        assert share == slot.k_LBKSH.nbytes // np.prod(sizes)
+
+
 def test_a_shard_counts_its_tokens():
     for size in (1, 2, 3, 8):
         for tokens in range(20):

@@ -20,6 +20,7 @@ LENGTHS = {"32K": 2**15, "128K": 2**17, "512K": 2**19, "1M": 2**20}
 CASES = [
     *(("v5p:4x4x8", [name], "") for name in LENGTHS),
     ("v5p:4x4x8", ["1M"], "-sliding"),
+    ("v5p:4x4x8", ["1M"], "-nsa"),
     ("v5e:16x16", ["1M", "512K", "128K", "32K"], ""),
     ("v6e:16x16", ["1M", "512K", "128K", "32K"], ""),
 ]
@@ -28,8 +29,8 @@ HEAD = """\
 
 Written by `make aot-ladder` (`bench/aot_ladder.py`); all figures are in `aot.json`. Each row is the
 train step of `configs/llama3_8b.py`, 1,048,576 tokens a step, compiled by libtpu on a machine
-without a TPU. Pattern: `full` attention in every layer, or `sliding`, three layers with a window of
-4,096 to one with full attention.
+without a TPU. Pattern: `full` attention in every layer; `sliding`, three layers with a window of
+4,096 to one with full attention; `nsa`, native sparse attention in every layer.
 
 Nothing here was run. How the figures come about:
 

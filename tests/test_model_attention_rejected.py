@@ -1,7 +1,7 @@
 """Pairs of features that MaxText's config refuses to run (src/maxtext/configs, e591f30): all pass.
 
 Left out is what is not there at all: dropout, multi-token prediction, MLA, QK-clip, images.
-Prefill and decode over a sharded length are in test_model_attention_cached.py.
+Prefill and decode over a sharded length are in test_model_cache.py.
 """
 
 import pytest

@@ -70,10 +70,14 @@ SHARDED = [
     over(MOBA, "ulysses", 1, 4, 1),
     over(NSA, "ring", 2, 2, 2),
     over(NSA, "allgather", 1, 8, 1),
+]
+MORE = [
     over(NSA, "ulysses", 1, 2, 1),
     over(NSA, "ring", 1, 4, 1, ulysses=2),
     over(WIDE, "ring", 1, 3, 1),
+    over(MOBA, "ring", 1, 8, 1, ulysses=2),
 ]
+LONG = [pytest.param(how, marks=pytest.mark.slow) for how in MORE]
 
 
 @functools.cache
@@ -176,7 +180,7 @@ def test_gradients_equal_differences_of_the_equations(how, step=1e-6):
     assert (how.spec.kind == "nsa") == (actual != 0)
 
 
-@pytest.mark.parametrize("how", SHARDED, ids=str)
+@pytest.mark.parametrize("how", [*SHARDED, *LONG], ids=str)
 def test_every_strategy_and_order_equal_one_device(how):
     expected = attended(How(how.spec))
     for order in ("contiguous", "zigzag", "striped", "multizigzag"):
@@ -185,7 +189,7 @@ def test_every_strategy_and_order_equal_one_device(how):
             jax.tree.map(lambda a, b, w=what: assert_close(a, b, "attention", what=w), a, b)
 
 
-@pytest.mark.parametrize("how", [*ALONE, *SHARDED], ids=str)
+@pytest.mark.parametrize("how", [*ALONE, *SHARDED, *LONG], ids=str)
 def test_nothing_leaks(how):
     """From the future, from another document or row; what is chosen from the past may change."""
     before = attended(how)[0]

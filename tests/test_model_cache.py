@@ -166,7 +166,7 @@ def run(how: How) -> tuple[np.ndarray, cache.KVCache]:
         held = cache.create(config(how), 2, ROOM, rules)
         for (_, k, v), at in (*old, new):
             k, v = (jnp.stack((x * 0 - 1, x)) for x in (k, v))
-            before, held = held, held.write([(k, v)], at, rules)
+            before, held = held, held.write([decode.New(k, v)], at, rules)
         before = spoilt(before, how)
         (q, k, v), at = new
         sinks, slopes = attention_cases.heads(how.case)

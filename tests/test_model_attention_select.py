@@ -216,9 +216,9 @@ def test_slots_hold_every_whole_block_once():
         while sum(lengths) < 100:
             lengths.append(int(draw.choice([1, 3, 4, 5, 9, 30])))
         positions, segments = documents(lengths[:-1], length=120)
-        at = Where(*(jnp.asarray(x[:, draw.permutation(120)]) for x in (positions, segments)))
-        at = Where(jnp.asarray(positions), jnp.asarray(segments))
-        found = select.slots(at, size, step, ())
+        order = draw.permutation(120)
+        positions, segments = positions[:, order], segments[:, order]
+        found = select.slots(Where(jnp.asarray(positions), jnp.asarray(segments)), size, step, ())
         assert found.segments_BZ.shape == (1, 120 // step)
         blocks = zip(found.segments_BZ[0].tolist(), found.number_BZ[0].tolist(), strict=True)
         expected = [

@@ -304,11 +304,11 @@ def test_merging_shards_equals_one_softmax():
     expected = (out * weight[..., None]).sum(0) / np.where(total == 0, 1, total)[..., None]
     with jax.set_mesh(make_mesh((1, 3, 1))):
         by_shard = jax.P("seq")
-        for scatter in (False, True):
-            spread = jax.P(None, "seq") if scatter else jax.P()
+        for rules in (sharding.decoding(), sharding.prefilling()):
+            spread = rules(None, "length")
 
-            def merged(out, lse, scatter=scatter):
-                return cached.merge_shards((out[0], lse[0]), ("seq",), scatter)
+            def merged(out, lse, rules=rules):
+                return cached.merge_shards((out[0], lse[0]), rules)
 
             found = jax.jit(jax.shard_map(merged, in_specs=by_shard, out_specs=spread))(
                 *(jax.device_put(x, by_shard) for x in (out, lse))

@@ -43,7 +43,7 @@ def attend_cached(
 
     def of_device(q_BTNH, k_BTKH, v_BTKH, heads, at, cache):
         heads = jax.tree.map(lambda x_N: blocks.vary(x_N, q_BTNH), heads)
-        old = _see_old(q_BTNH, cache, heads, at, call.pair, rules)
+        old = see_old(q_BTNH, cache, heads, at, call.pair, rules)
         new = see_new(q_BTNH, k_BTKH, v_BTKH, heads, at, at)
         return blocks.add_sink(blocks.merge(old, new), heads)[0].astype(q_BTNH.dtype)
 
@@ -57,36 +57,40 @@ def attend_cached(
     )
 
 
-def _see_old(
+def see_old(
     q_BTNH: jax.Array, cache: Stored, heads: Heads, at: Where, pair: Pair, rules: Rules
 ) -> Part:
     """(out, lse) of this device's queries over the stored keys of all shards."""
-    shards, queries = rules.axes("kv_length"), rules.axes("length")
-    assert queries in ((), shards), f"length over {queries}, but the cache over {shards}"
-    if not shards:
-        return decode.forward(q_BTNH, cache, heads, at, pair)
     cache = cache._replace(live_B=Shard.here(rules).count(cache.live_B))
-    if queries:
-        q_BTNH, at = jax.tree.map(
-            lambda x: jax.lax.all_gather(x, queries, axis=1, tiled=True), (q_BTNH, at)
-        )
-    part = decode.forward(q_BTNH, cache, heads, at, pair)
-    return merge_shards(part, shards, scatter=bool(queries))
+    q_BTNH, at = everywhere((q_BTNH, at), rules)
+    return merge_shards(decode.forward(q_BTNH, cache, heads, at, pair), rules)
 
 
-def merge_shards(part: Part, axes: tuple[str, ...], scatter: bool) -> Part:
-    """`part` [B, T, ...] of each device, merged over the keys of all devices along `axes`.
+def everywhere(tree, rules: Rules):
+    """Arrays [B, T, ...] of the new tokens of this device: those of all, if they are sharded."""
+    axes = rules.axes("length")
+    if not axes:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, axes, axis=1, tiled=True), tree)
+
+
+def merge_shards(part: Part, rules: Rules) -> Part:
+    """`part` [B, T, ...] of all queries on each device, merged over the shards of the cache.
 
     Sums of what is shifted by the largest log-sum-exp: two passes over the mesh, and no device
-    receives more than it ends up with. With `scatter` each keeps its share of the T queries.
+    receives more than it ends up with. Each keeps its own of the queries, if they are sharded.
     """
+    axes, queries = rules.axes("kv_length"), rules.axes("length")
+    assert queries in ((), axes), f"length over {queries}, but the cache over {axes}"
+    if not axes:
+        return part
     out_BTNH, lse_BTN = part
     high_BTN = jax.lax.pmax(lse_BTN, axes)
     # A query that no shard has a key for has lse -inf: keep -inf - -inf out.
     safe_BTN = jnp.where(jnp.isneginf(high_BTN), 0.0, high_BTN)
     weight_BTN = jnp.exp(lse_BTN - safe_BTN)
     shifted = out_BTNH * weight_BTN[..., None], weight_BTN
-    if scatter:
+    if queries:
         out_BTNH, total_BTN = (
             jax.lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True) for x in shifted
         )

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from core.sharding import Rules
-from model.attention import attend, blocks, cached_select, decode, select
+from model.attention import attend, blocks, cached_select, select
 from model.attention.blocks import Pair, Part
-from model.attention.cached import merge_shards
+from model.attention.cached import everywhere, merge_shards, see_old
 from model.attention.cached_select import Cached
 from model.attention.decode import New, Stored
 from model.attention.nsa import Compressor
@@ -41,7 +41,7 @@ def moba_cached(
         new_at, (mean_BEKH,) = cached_select.ended(
             cached, spec.block, spec.block, (k_BTKH,), (mean_CH,)
         )
-        q_all_BTNH, at_all = cached.everywhere((q_BTNH, at))
+        q_all_BTNH, at_all = everywhere((q_BTNH, at), rules)
         scores = cached_select.moba_scores(q_all_BTNH, cached, mean_BEKH, new_at)
         chosen = select.best_of_moba(scores, at_all, _every(scores), spec.block, spec.top)
         part = _see_chosen(cached, call, (q_BTNH, k_BTKH, v_BTKH), heads, chosen)
@@ -73,7 +73,7 @@ def nsa_cached(
         cached = Cached(spec, rules, stored, at)
         qkv = q_BTNH, k_BTKH, v_BTKH
         compressed, scores, new = _see_compressed(cached, call.pair.pair, qkv, compressors)
-        at_all = cached.everywhere(at)
+        at_all = everywhere(at, rules)
         chosen = select.best_of_nsa(scores, at_all, _every(scores), spec.block, spec.top)
         parts = (
             compressed,
@@ -101,13 +101,11 @@ def _see_compressed(cached: Cached, pair: Pair, qkv, compressors) -> tuple[Part,
     def last_ended(at: Where) -> Where:
         return Where((at.positions_BT + 1 - spec.compress) // spec.step, at.segments_BT)
 
-    q_all_BTNH, at_all = cached.everywhere((q_BTNH, last_ended(cached.at)))
     ended_B = jnp.maximum((whole.live_B - spec.compress) // spec.step + 1, 0)
-    whole = whole._replace(live_B=cached.shard.count(ended_B))
-    old = _merge(cached, decode.forward(q_all_BTNH, whole, Heads(), at_all, pair))
-    new = pair.forward(q_BTNH, k_BEKH, v_BEKH, Heads(), last_ended(cached.at), new_at)
-    part = blocks.merge(old, new)
-    lse_all_BTN = cached.everywhere(part[1])
+    whole, at = whole._replace(live_B=ended_B), last_ended(cached.at)
+    old = see_old(q_BTNH, whole, Heads(), at, pair, cached.rules)
+    part = blocks.merge(old, pair.forward(q_BTNH, k_BEKH, v_BEKH, Heads(), at, new_at))
+    q_all_BTNH, lse_all_BTN, at_all = everywhere((q_BTNH, part[1], at), cached.rules)
     scores = cached_select.nsa_scores(q_all_BTNH, cached, pair, lse_all_BTN, at_all, k_BEKH, new_at)
     return part, scores, New(k_BEKH, v_BEKH, at=new_at)
 
@@ -116,35 +114,28 @@ def _see_chosen(cached: Cached, call, qkv, heads: Heads, chosen_BTMC: jax.Array)
     """(out, lse) of the blocks that all queries chose, stored or new."""
     q_BTNH = qkv[0]
     block, T = cached.spec.block, q_BTNH.shape[1]
-    q_all_BTNH, at_all = cached.everywhere((q_BTNH, cached.at))
+    q_all_BTNH, at_all = everywhere((q_BTNH, cached.at), cached.rules)
     old = cached_select.see_ranges(
         q_all_BTNH, cached, call.pair.pair, heads, at_all, chosen_BTMC * block, block
     )
-    if cached.queries:
-        first = jax.lax.axis_index(cached.queries) * T
+    if queries := cached.rules.axes("length"):
+        first = jax.lax.axis_index(queries) * T
         chosen_BTMC = jax.lax.dynamic_slice_in_dim(chosen_BTMC, first, T, axis=1)
     new = call.way.part(*qkv, heads._replace(chosen=chosen_BTMC), cached.at, cached.at)
-    return blocks.merge(_merge(cached, old), new)
+    return blocks.merge(merge_shards(old, cached.rules), new)
 
 
 def _see_near(cached: Cached, call, qkv) -> Part:
     """(out, lse) of the window."""
     window = call.spec.window
-    q_all_BTNH, at_all = cached.everywhere((qkv[0], cached.at))
+    q_all_BTNH, at_all = everywhere((qkv[0], cached.at), cached.rules)
     starts_BT11 = (at_all.positions_BT - window + 1)[..., None, None]
     starts_BTK1 = jnp.broadcast_to(starts_BT11, (*starts_BT11.shape[:2], qkv[1].shape[2], 1))
     old = cached_select.see_ranges(
         q_all_BTNH, cached, call.pair, Heads(), at_all, starts_BTK1, window
     )
     new = call.way.part(*qkv, Heads(), cached.at, cached.at)
-    return blocks.merge(_merge(cached, old), new)
-
-
-def _merge(cached: Cached, part: Part) -> Part:
-    """Over the shards of the cache, each query where it is at home."""
-    if not cached.axes:
-        return part
-    return merge_shards(part, cached.axes, scatter=bool(cached.queries))
+    return blocks.merge(merge_shards(old, cached.rules), new)
 
 
 def _every(scores_BTMY: jax.Array) -> select.Slots:

@@ -5,10 +5,9 @@ place i, and its mean or compressed key as its key. A query at position t may se
 before: i up to (t + 1 - size) // step, so that for them too the mask is causal.
 
 E whole blocks end among the new tokens; Y blocks of a text can be chosen. Everything here runs
-inside shard_map; `queries` are the axes over which the new tokens are sharded, if they are.
+inside shard_map.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -39,22 +38,12 @@ class Cached(NamedTuple):
     def axes(self) -> tuple[str, ...]:
         return self.rules.axes("kv_length")
 
-    @property
-    def queries(self) -> tuple[str, ...]:
-        return self.rules.axes("length")
-
-    def everywhere(self, tree):
-        """Arrays [B, T, ...] of the new tokens of all devices."""
-        if not self.queries:
-            return tree
-        gather = functools.partial(jax.lax.all_gather, axis_name=self.queries, axis=1, tiled=True)
-        return jax.tree.map(gather, tree)
-
     def end_B(self) -> jax.Array:
         """Tokens of each row, the new ones included."""
         end_BT = jnp.where(self.at.segments_BT > 0, self.at.positions_BT + 1, 0)
         end_B = jnp.maximum(end_BT.max(1), self.stored.live_B)
-        return jax.lax.pmax(end_B, self.queries) if self.queries else end_B
+        queries = self.rules.axes("length")
+        return jax.lax.pmax(end_B, queries) if queries else end_B
 
 
 def ended(
@@ -180,7 +169,7 @@ def moba_scores(q_BTNH, cached: Cached, new_BEKH: jax.Array, new_at: Where) -> j
     scores_BTNY = _spread(own_BTNZ, number_BZ, Y)
     scores_BTNY = jax.lax.psum(scores_BTNY, cached.axes) if cached.axes else scores_BTNY
     # Equal on all shards: added once, after their sum.
-    return scores_BTNY + _spread(new_BTNE, _some(new_at, Y), Y)
+    return scores_BTNY + _spread(new_BTNE, _numbers(new_at), Y)
 
 
 def nsa_scores(
@@ -209,7 +198,7 @@ def nsa_scores(
 
     scores_BTKY = important(own_BTNZ, number_BZ)
     scores_BTKY = jax.lax.psum(scores_BTKY, cached.axes) if cached.axes else scores_BTKY
-    return scores_BTKY + important(_times(q_BTNH, new_BEKH), _some(new_at, -1))
+    return scores_BTKY + important(_times(q_BTNH, new_BEKH), _numbers(new_at))
 
 
 def _products(q_BTNH, cached: Cached) -> tuple[jax.Array, jax.Array, int]:
@@ -228,8 +217,9 @@ def _times(q_BTNH: jax.Array, k_BZKH: jax.Array) -> jax.Array:
     return s_BTKGZ.reshape(B, T, N, -1)
 
 
-def _some(at: Where, none: int) -> jax.Array:
-    return jnp.where(at.segments_BT > 0, at.positions_BT, none)
+def _numbers(at: Where) -> jax.Array:
+    """Which blocks these are, -1 for none."""
+    return jnp.where(at.segments_BT > 0, at.positions_BT, -1)
 
 
 def _spread(x_BTMZ: jax.Array, place_BZ: jax.Array, Y: int) -> jax.Array:

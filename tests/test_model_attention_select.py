@@ -38,7 +38,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(chunked, "MIN_BLOCK", 4)
     monkeypatch.setattr(chunked, "MAX_BLOCK", 4)
     monkeypatch.setattr(pairs, "TILE_ROWS", 8)
-    monkeypatch.setattr(select, "SCORES", 3000)
+    monkeypatch.setattr(select, "CPU_SCORES", 3000)
     monkeypatch.setattr(layout, "TILE", 2)
 
 

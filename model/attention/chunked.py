@@ -51,11 +51,10 @@ def forward(
 
         def query_block(args):
             q_PRH, slope_PR, q_at_PR, q_ends = args
-            visited_Z, count = _visited(blocks.meets(mask, q_ends, k_ends_Z))
 
-            def key_block(i, carry):
+            def key_block(z, carry):
                 out_PRH, high_PR, total_PR = carry
-                k_PCH, v_PCH, k_at_PC = _pick((k_ZPCH, v_ZPCH, k_at_ZPC), visited_Z[i])
+                k_PCH, v_PCH, k_at_PC = _pick((k_ZPCH, v_ZPCH, k_at_ZPC), z)
                 bias_PRC = _bias(slope_PR, q_at_PR, k_at_PC)
                 s_PRC, unit = _scores(q_PRH, k_PCH, scale, softcap, bias_PRC)
                 s_PRC = jnp.where(_allowed(mask, q_at_PR, k_at_PC), s_PRC, -jnp.inf)
@@ -72,7 +71,8 @@ def forward(
 
             rows = q_PRH.shape[:2]
             start = fresh(q_PRH.shape, 0.0), fresh(rows, -jnp.inf), fresh(rows, 0.0)
-            out_PRH, high_PR, total_PR = jax.lax.fori_loop(0, count, key_block, start)
+            meets_Z = blocks.meets(mask, q_ends, k_ends_Z)
+            out_PRH, high_PR, total_PR = _visit(meets_Z, key_block, start)
             seen_PR = total_PR > 0
             out_PRH /= jnp.where(seen_PR, total_PR, 1.0)[..., None]
             unit = 1.0 if softcap or slope_N is not None else scale
@@ -128,12 +128,10 @@ def backward(
         def key_block(dq_YPHR, args):
             k_PCH, v_PCH, k_at_PC, k_ends = args
             k_PHC = k_PCH.swapaxes(1, 2)
-            visited_Y, count = _visited(blocks.meets(mask, q_ends_Y, k_ends))
 
-            def query_block(i, carry):
+            def query_block(y, carry):
                 # Scores stand keys x queries here, so that no large tile is ever transposed.
                 dq_YPHR, dk_PCH, dv_PCH = carry
-                y = visited_Y[i]
                 q_PRH, dout_PRH, lse_PR, delta_PR, slope_PR, q_at_PR = _pick(queries_Y, y)
                 bias_PCR = _bias(slope_PR, q_at_PR, k_at_PC, keys_first=True)
                 s_PCR, unit = _scores(k_PCH, q_PRH, scale, softcap, bias_PCR)
@@ -150,7 +148,8 @@ def backward(
                 return dq_YPHR, dk_PCH, dv_PCH
 
             start = dq_YPHR, fresh(k_PCH.shape, 0.0), fresh(v_PCH.shape, 0.0)
-            dq_YPHR, dk_PCH, dv_PCH = jax.lax.fori_loop(0, count, query_block, start)
+            meets_Y = blocks.meets(mask, q_ends_Y, k_ends)
+            dq_YPHR, dk_PCH, dv_PCH = _visit(meets_Y, query_block, start)
             return dq_YPHR, (dk_PCH * scale, dv_PCH)
 
         q_YPRH = queries_Y[0]
@@ -280,9 +279,12 @@ def _pick(tree, index):
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
 
 
-def _visited(meets_Z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The places of the true elements, in order, and their number."""
-    return jnp.argsort(~meets_Z, stable=True), meets_Z.sum()
+def _visit(meets_Z: jax.Array, step, carry):
+    """step(z, carry) for each z of the true elements, in order."""
+    if meets_Z.size == 1:  # to look whether it meets costs as much as a small tile
+        return step(0, carry)
+    visited_Z = jnp.argsort(~meets_Z, stable=True)
+    return jax.lax.fori_loop(0, meets_Z.sum(), lambda i, carry: step(visited_Z[i], carry), carry)
 
 
 def _repeat(x_BT: jax.Array, heads: int) -> jax.Array:

@@ -12,8 +12,13 @@ from model.attention.spec import Heads, Where
 SAVED = "attention"  # name of what backward needs and rematerialisation had better keep
 
 
+def attention(pair: Pair, *args) -> jax.Array:
+    """out [B, T, N, H] in q's dtype; arguments of `with_lse`."""
+    return with_lse(pair, *args)[0]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attention(
+def with_lse(
     pair: Pair,
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
@@ -21,20 +26,23 @@ def attention(
     heads: Heads,
     q_at: Where,
     k_at: Where,
-) -> jax.Array:
-    """out [B, T, N, H] in q's dtype, differentiated by the kernel's own backward."""
+) -> Part:
+    """(out in q's dtype, lse float32), differentiated by the kernel's own backward."""
     return _forward(pair, q_BTNH, k_BSKH, v_BSKH, heads, q_at, k_at)[0]
 
 
 def _forward(pair, q_BTNH, k_BSKH, v_BSKH, heads, q_at, k_at):
     part = pair.forward(q_BTNH, k_BSKH, v_BSKH, heads, q_at, k_at)
     out_BTNH, lse_BTN = saved(q_BTNH.dtype, blocks.add_sink(part, heads))
-    return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, heads, q_at, k_at, out_BTNH, lse_BTN)
+    part = out_BTNH, lse_BTN
+    return part, (q_BTNH, k_BSKH, v_BSKH, heads, q_at, k_at, *part)
 
 
-def _backward(pair, residuals, dout_BTNH):
+def _backward(pair, residuals, dpart):
     q_BTNH, k_BSKH, v_BSKH, heads, q_at, k_at, out_BTNH, lse_BTN = residuals
-    done = dout_BTNH, lse_BTN, blocks.delta(out_BTNH, dout_BTNH)
+    dout_BTNH, dlse_BTN = dpart
+    # ds = p (dp - delta) + p dlse: the gradient of lse is the softmax.
+    done = dout_BTNH, lse_BTN, blocks.delta(out_BTNH, dout_BTNH) - dlse_BTN
     dqkv = pair.backward(q_BTNH, k_BSKH, v_BSKH, heads, q_at, k_at, *done)
     dqkv = (d.astype(x.dtype) for d, x in zip(dqkv, (q_BTNH, k_BSKH, v_BSKH), strict=True))
     return *dqkv, blocks.sink_gradient(heads, *done[1:]), None, None
@@ -46,4 +54,4 @@ def saved(dtype, part: Part) -> Part:
     return checkpoint_name(out.astype(dtype), SAVED), checkpoint_name(lse, SAVED)
 
 
-attention.defvjp(_forward, _backward)
+with_lse.defvjp(_forward, _backward)

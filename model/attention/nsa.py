@@ -74,9 +74,8 @@ def attention(
 def _compressed(q_BTNH, k_BTKH, v_BTKH, compressors, at, spec, *, kernel, rules):
     """(out [B, T, N, H] of the compressed branch, the blocks chosen by it [B, T, K, top])."""
     axes = rules.axes("length")
-    scale = q_BTNH.shape[-1] ** -0.5
     how = kernels.kernel_of(kernel, q_BTNH.shape[1] // rules.size("length"))
-    pair = Pair(how, Mask(), scale, spec.softcap)
+    pair = Pair(how, Mask(), q_BTNH.shape[-1] ** -0.5, spec.softcap)
 
     def of_device(q_BTNH, k_BTKH, v_BTKH, compressors, at):
         of = select.slots(at, spec.compress, spec.step, axes)
@@ -84,12 +83,11 @@ def _compressed(q_BTNH, k_BTKH, v_BTKH, compressors, at, spec, *, kernel, rules)
             compress(x, at, of, axes)
             for compress, x in zip(compressors, (k_BTKH, v_BTKH), strict=True)
         )
-        chosen_BTKC = select.nsa(
-            q_BTNH, k_BZKH, at, of, spec.block, spec.top, scale, spec.softcap, axes
-        )
         # Every device has all compressed keys: their gradients are summed where they vary.
         kv = (blocks.vary(x, q_BTNH) for x in (k_BZKH, v_BZKH))
-        return local.attention(pair, q_BTNH, *kv, Heads(), at, of.ends_at), chosen_BTKC
+        out_BTNH, lse_BTN = local.with_lse(pair, q_BTNH, *kv, Heads(), at, of.ends_at)
+        chosen_BTKC = select.nsa(pair, q_BTNH, k_BZKH, lse_BTN, at, of, spec.block, spec.top, axes)
+        return out_BTNH, chosen_BTKC
 
     q_spec = rules("batch", "length", "act_heads", None)
     kv_spec = rules("batch", "length", "act_kv_heads", None)

@@ -33,19 +33,20 @@ class Run(NamedTuple):
         last = jnp.full_like(segments[..., :1], size)
         return Run(segments, blocks, jnp.concatenate([end, last], -1))
 
-    def first(self, segment: jax.Array, block: jax.Array) -> jax.Array:
-        """The first place, of those of one lane, that is not before (segment, block)."""
+    def first(self, segments: jax.Array, blocks_: jax.Array) -> jax.Array:
+        """The first place, of those of one lane, that is not before (segment, block), for each."""
         size = self.end.size
 
         def step(i, low):
             probe = low + (1 << size.bit_length() - 1 - i)
             at = jnp.minimum(probe, size) - 1
-            is_before = (self.segments[at] < segment) | (
-                (self.segments[at] == segment) & (self.blocks[at] < block)
+            is_before = (self.segments[at] < segments) | (
+                (self.segments[at] == segments) & (self.blocks[at] < blocks_)
             )
             return jnp.where((probe <= size) & is_before, probe, low)
 
-        return jax.lax.fori_loop(0, size.bit_length(), step, segment * 0)
+        nowhere = blocks.vary(jnp.zeros_like(segments), self.end)
+        return jax.lax.fori_loop(0, size.bit_length(), step, nowhere)
 
 
 class Pairs(NamedTuple):
@@ -155,33 +156,19 @@ def walk(pairs: Pairs, q_at: Where, keys: tuple[Run, Where], block: int, G: int,
         at = Where(positions_R, segments_R * inside_R), Where(positions_C, segments_C * of_block_C)
         return Tile(queries_R, inside_R, *jax.tree.map(lambda x: x[None], at), u)
 
-    def meet(p, u):
-        """The next p and u of one block; or one of the lists ends before there is any."""
+    begin_S = pairs.runs.first(runs.segments, runs.blocks)
+    end_S = pairs.runs.first(runs.segments, runs.blocks + 1)
 
-        def apart(state):
-            p, u = state
-            same = (pairs.runs.segments[p] == runs.segments[u]) & (
-                pairs.runs.blocks[p] == runs.blocks[u]
-            )
-            return (p < pairs.queries.size) & (u < runs.end.size) & ~same
+    def of_block(state):
+        u, carry = state
 
         def step(state):
-            p, u = state
-            # The list that is behind goes on to where the other one is.
-            u_next = runs.first(pairs.runs.segments[p], pairs.runs.blocks[p])
-            p_next = pairs.runs.first(runs.segments[u], runs.blocks[u])
-            return jnp.maximum(p, p_next), jnp.maximum(u, u_next)
+            p, carry = state
+            return p + size, see(tile(p, u), carry)
 
-        return jax.lax.while_loop(apart, step, (p, u))
+        pairs_of_u = begin_S[u], carry
+        _, carry = jax.lax.while_loop(lambda state: state[0] < end_S[u], step, pairs_of_u)
+        return runs.end[u], carry
 
-    def unfinished(state):
-        p, u, _ = state
-        return (p < pairs.queries.size) & (u < runs.end.size)
-
-    def step(state):
-        p, u, carry = state
-        carry = see(tile(p, u), carry)
-        return *meet(jnp.minimum(p + size, pairs.runs.end[p]), u), carry
-
-    zero = pairs.queries[0] * 0  # varies over the mesh as the pairs do
-    return jax.lax.while_loop(unfinished, step, (*meet(zero, zero), carry))[2]
+    start = begin_S[0] * 0, carry  # varies over the mesh as the pairs and the keys do
+    return jax.lax.while_loop(lambda state: state[0] < runs.end.size, of_block, start)[1]

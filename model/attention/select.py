@@ -19,9 +19,13 @@ import jax
 import jax.numpy as jnp
 
 from model.attention import blocks
+from model.attention.blocks import Pair
+from model.attention.kernels import device_kind
 from model.attention.spec import Where
 
-SCORES = 2**25  # of queries and blocks at once: 128 MiB
+# Of queries and blocks at once. On a CPU they stay in its caches (at 8K tokens 0.19 s, not 0.67);
+# on others 128 MiB, so that the blocks' keys are not read again for every few queries.
+CPU_SCORES, SCORES = 2**20, 2**25
 FORCED = 3  # blocks that NSA sees anyway: the own, the one before it, the first
 
 
@@ -121,24 +125,25 @@ def moba(
         return jnp.einsum("BtKGH,BZKH->BtKGZ", q_BtKGH, mean_BZKH).reshape(B, t, N, -1)
 
     choose = functools.partial(best_of_moba, of=of, block=block, top=top)
-    return _in_parts(scores, choose, q_BTNH, at, of.segments_BZ.shape[1])
+    return _in_parts(scores, choose, (q_BTNH, at), q_BTNH.shape[2] * of.segments_BZ.shape[1])
 
 
 def nsa(
+    pair: Pair,
     q_BTNH: jax.Array,
     compressed_BZKH: jax.Array,
+    lse_BTN: jax.Array,
     at: Where,
     of: Slots,
     block: int,
     top: int,
-    scale: float,
-    softcap: float,
     axes: tuple[str, ...],
 ) -> jax.Array:
     """Blocks that each group of heads of each query sees, [B, T, K, top]; -1 is none.
 
     Equations 8 to 12: a block's importance is the attention that its group pays to compressed
-    keys, each counted once for every `of.step` tokens that it shares with the block.
+    keys, each counted once for every `of.step` tokens that it shares with the block. `lse` is of
+    that attention, `pair` what its scores are made of.
     """
     whole = slots(at, block, block, axes)
     compressed_BZKH = jax.lax.stop_gradient(compressed_BZKH)
@@ -147,24 +152,23 @@ def nsa(
     # Compressed keys of one document are in consecutive slots.
     slot_BZ = (whole.first_BZ + of.size - 1) // of.step
 
-    def scores(q_BtNH, at):
+    def scores(q_BtNH, at, lse_BtN):
         B, t, N, H = q_BtNH.shape
         K = compressed_BZKH.shape[2]
-        q_BtKGH = (q_BtNH * scale).reshape(B, t, K, N // K, H)
+        q_BtKGH = q_BtNH.reshape(B, t, K, N // K, H)
+        lse_BK1tG = jnp.moveaxis(lse_BtN.reshape(B, t, K, N // K), 1, 2)[:, :, None]
         # Slots before queries: what is taken below are whole rows.
-        s_BKZtG = jnp.einsum(
+        s_BKZtG = pair.scale * jnp.einsum(
             "BZKH,BtKGH->BKZtG", compressed_BZKH, q_BtKGH, preferred_element_type=jnp.float32
         )
-        if softcap:
-            s_BKZtG = softcap * jnp.tanh(s_BKZtG / softcap)
+        if pair.softcap:
+            s_BKZtG = pair.softcap * jnp.tanh(s_BKZtG / pair.softcap)
         ends = of.ends_at
         seen_BZt = (ends.segments_BT[..., None] == at.segments_BT[:, None]) & (
             ends.positions_BT[..., None] <= at.positions_BT[:, None]
         )
-        s_BKZtG = jnp.where(seen_BZt[:, None, :, :, None], s_BKZtG, -jnp.inf)
-        high_BK1tG = jnp.maximum(s_BKZtG.max(2, keepdims=True), jnp.finfo(jnp.float32).min)
-        p_BKZtG = jnp.exp(s_BKZtG - high_BK1tG)
-        p_BKZtG /= jnp.maximum(p_BKZtG.sum(2, keepdims=True), 1e-30)
+        # Nothing is seen where lse is -inf.
+        p_BKZtG = jnp.where(seen_BZt[:, None, ..., None], jnp.exp(s_BKZtG - lse_BK1tG), 0.0)
         p_BKZt = p_BKZtG.sum(-1)
         importance_BKYt = sum(
             (min(move + size, length) - max(move, 0)) * _take(p_BKZt, slot_BZ + move)
@@ -173,7 +177,8 @@ def nsa(
         return jnp.moveaxis(importance_BKYt, 3, 1)
 
     choose = functools.partial(best_of_nsa, of=whole, block=block, top=top)
-    return _in_parts(scores, choose, q_BTNH, at, of.segments_BZ.shape[1])
+    queries = q_BTNH, at, lse_BTN
+    return _in_parts(scores, choose, queries, q_BTNH.shape[2] * of.segments_BZ.shape[1])
 
 
 def best_of_moba(scores_BtNZ: jax.Array, at: Where, of: Slots, block: int, top: int) -> jax.Array:
@@ -214,23 +219,24 @@ def _best(
     return jnp.pad(chosen_BtMC, missing, constant_values=-1)
 
 
-def _in_parts(scores, choose, q_BTNH: jax.Array, at: Where, Z: int) -> jax.Array:
-    """choose(scores(q, at), at) for all queries, some at a time, so that S x S / step never is."""
-    B, T, N, _ = q_BTNH.shape
-    parts = -(-B * T * N * Z // SCORES)
-    t = -(-T // parts)
+def _in_parts(scores, choose, queries, num_scores: int) -> jax.Array:
+    """choose(scores(q, at, ...), at), some queries (q, at, ...) at a time, so that S x S / step
+    never is; each has `num_scores`.
+    """
+    B, T = queries[1].positions_BT.shape
+    at_once = CPU_SCORES if device_kind() == "cpu" else SCORES
+    t = max(1, min(at_once // (B * num_scores), T))
     parts = -(-T // t)
 
     def split(x_BT):
         x_BT = jnp.pad(x_BT, [(0, 0), (0, parts * t - T)] + [(0, 0)] * (x_BT.ndim - 2))
         return jnp.moveaxis(x_BT.reshape(B, parts, t, *x_BT.shape[2:]), 1, 0)
 
-    def part(args):
-        q_BtNH, at = args
-        return choose(scores(q_BtNH, at), at)
+    def part(queries):
+        return choose(scores(*queries), queries[1])
 
-    args = jax.lax.stop_gradient(jax.tree.map(split, (q_BTNH, at)))
-    chosen = jnp.moveaxis(jax.lax.map(part, args), 0, 1)
+    queries = jax.lax.stop_gradient(jax.tree.map(split, queries))
+    chosen = jnp.moveaxis(jax.lax.map(part, queries), 0, 1)
     return chosen.reshape(B, parts * t, *chosen.shape[3:])[:, :T]
 
 

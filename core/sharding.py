@@ -37,6 +37,9 @@ class MeshConfig(Section):
     ulysses: int = setting(
         1, "neighbours of seq that exchange heads, for a ring over the groups of them", low=1
     )
+    both_ways: bool = setting(
+        False, "a ring sends half of its keys either way: a torus has links for both"
+    )
     layout: Literal["auto", Layout] = setting("auto", "order of a training row over seq")
 
     def check(self) -> None:
@@ -49,6 +52,11 @@ class MeshConfig(Section):
             raise UserError(
                 f"ulysses={self.ulysses} with strategy={self.strategy!r}: groups that exchange "
                 "heads go with strategy='ring'; strategy='ulysses' exchanges over all of seq"
+            )
+        if self.both_ways and self.strategy not in ("auto", "ring"):
+            raise UserError(
+                f"both_ways=True with strategy={self.strategy!r}: only a ring goes either way; "
+                "use strategy='ring' or 'auto'"
             )
 
 
@@ -91,7 +99,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 MeshAxes = str | tuple[str, ...] | None
-CHOICES = ("strategy", "ulysses", "layout")  # fields of Rules that name no mesh axis
+CHOICES = ("strategy", "ulysses", "both_ways", "layout")  # fields of Rules that name no mesh axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +130,7 @@ class Rules:
     # How attention crosses `length`, and in which order its tokens stand (data/layout.py).
     strategy: Strategy = "auto"
     ulysses: int = 1
+    both_ways: bool = False
     layout: Order = "contiguous"
 
     def __call__(self, *names: str | None) -> PartitionSpec:
@@ -155,17 +164,22 @@ class Rules:
         return 1 if self.strategy == "ulysses" else self.size("length") // self.ulysses
 
 
-def training(strategy: Strategy = "auto", ulysses: int = 1, layout: Layout = "contiguous") -> Rules:
+def training(
+    strategy: Strategy = "auto",
+    ulysses: int = 1,
+    layout: Layout = "contiguous",
+    both_ways: bool = False,
+) -> Rules:
     """FSDP over data and seq, tensor parallel over model, context over seq."""
-    return Rules(strategy=strategy, ulysses=ulysses, layout=layout)
+    return Rules(strategy=strategy, ulysses=ulysses, both_ways=both_ways, layout=layout)
 
 
-def prefilling(strategy: Strategy = "auto", ulysses: int = 1) -> Rules:
+def prefilling(strategy: Strategy = "auto", ulysses: int = 1, both_ways: bool = False) -> Rules:
     """Rows over data, their chunks and the cache's length over seq, heads over model.
 
     Weights are whole but for the model axis.
     """
-    how = dict(strategy=strategy, ulysses=ulysses, layout="dealt")
+    how = dict(strategy=strategy, ulysses=ulysses, both_ways=both_ways, layout="dealt")
     return Rules(embed=None, kv_length="seq", **how)
 
 

@@ -95,7 +95,8 @@ def open_model(experiment: Experiment) -> tuple[Transformer, str]:
     """The model and where its weights are from: the bundle, or random when there is none."""
     config: BenchConfig = experiment.bench
     path = config.checkpoint or experiment.workdir
-    rules = sharding.prefilling(experiment.mesh.strategy, experiment.mesh.ulysses)
+    mesh = experiment.mesh
+    rules = sharding.prefilling(mesh.strategy, mesh.ulysses, mesh.both_ways)
     if config.checkpoint or config.step is not None or (Path(path) / CONFIG).is_file():
         found = load.find(path, config.step)
         return load.restore(found, rules), f"{path} step {found.step}"

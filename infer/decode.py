@@ -81,7 +81,7 @@ def main(experiment: Experiment) -> list[dict]:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(make_mesh(experiment.mesh)):
         mesh = experiment.mesh
-        model = load.restore(found, prefilling(mesh.strategy, mesh.ulysses))
+        model = load.restore(found, prefilling(mesh.strategy, mesh.ulysses, mesh.both_ways))
         longest = max(len(prompt.tokens) for prompt in prompts)
         num_rows = min(config.batch_size, len(prompts) * config.n)
         plan = Plan.of(num_rows, longest, config.max_tokens, config.prefill_chunk)

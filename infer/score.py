@@ -50,7 +50,7 @@ def main(experiment: Experiment) -> list[dict]:
     began = time.perf_counter()
     with jax.set_mesh(make_mesh(experiment.mesh)):
         mesh = experiment.mesh
-        model = load.restore(found, prefilling(mesh.strategy, mesh.ulysses))
+        model = load.restore(found, prefilling(mesh.strategy, mesh.ulysses, mesh.both_ways))
         size = min(config.batch_size, len(rows))
         plan = Plan.of(size, max(map(len, rows)), 0, config.prefill_chunk)
         scorer = Scorer(Engine(model, plan))

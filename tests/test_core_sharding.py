@@ -64,6 +64,8 @@ def test_groups_that_exchange_heads_divide_a_ring():
         axis_sizes(MeshConfig(data=1, seq=-1, strategy="ring", ulysses=3), 8)
     with pytest.raises(UserError, match=r"ulysses=2 with strategy='auto'.*strategy='ring'"):
         MeshConfig(ulysses=2)
+    with pytest.raises(UserError, match=r"both_ways=True with strategy='ulysses'.*'ring'"):
+        MeshConfig(strategy="ulysses", both_ways=True)
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ V5P = hardware.CHIPS["TPU v5"]
 LINK = 1e11  # bytes/s of one direction of one v5p link
 
 
-def work(tokens=8192, shards=8, heads=32, kv_heads=8, hops=None, in_order=False, far=True):
+def work(tokens=8192, shards=8, heads=32, kv_heads=8, hops=None, ways=1, in_order=False, far=True):
     """A causal layer of bfloat16, head width 128."""
     length = tokens * shards
     pairs = tokens * (length + 1) / 2
     hops = shards if hops is None else hops
-    return cost.Work(1, tokens, shards, heads, kv_heads, 128, 2, pairs, hops, in_order, far)
+    return cost.Work(1, tokens, shards, heads, kv_heads, 128, 2, pairs, hops, ways, in_order, far)
 
 
 def test_ring_by_hand():
@@ -34,6 +34,14 @@ def test_ring_by_hand():
     few = cost.seconds(work(tokens=128), V5P)["ring"]
     kv, products = kv / 64, 4 * 128 * 32 * work(tokens=128).pairs / (V5P.flops / 2) / 8
     assert few == pytest.approx(3.5 * products + 7 * kv + 7 * 3 * kv + kv), "sends are all"
+
+
+def test_a_torus_sends_both_ways_in_half_the_time():
+    """8 tokens a device: sends are all, but for products of the first hops and the way home."""
+    one_way, both = (cost.seconds(work(tokens=8, ways=ways), V5P)["ring"] for ways in (1, 2))
+    assert both == pytest.approx(one_way / 2, rel=0.01)
+    switch = hardware.CHIPS["NVIDIA H100"]
+    assert cost.seconds(work(ways=2), switch) == cost.seconds(work(), switch)
 
 
 def test_a_ring_in_order_waits_for_its_last_shard():

@@ -6,6 +6,7 @@ Programs take where the tokens stand as arguments: one compilation serves all do
 import dataclasses
 import functools
 import itertools
+import re
 import types
 from typing import get_args
 
@@ -43,10 +44,11 @@ class How:
     kernel: str = "chunked"
     spec: str = "full"
     ulysses: int = 1
+    both_ways: bool = False
     dtype: str = "float32"
 
     def __str__(self) -> str:
-        groups = f"x{self.ulysses}" if self.ulysses > 1 else ""
+        groups = f"x{self.ulysses}" if self.ulysses > 1 else "-both_ways" * self.both_ways
         sizes = "x".join(map(str, self.sizes))
         return f"{self.strategy}{groups}-{sizes}-{self.kernel}-{self.spec}"
 
@@ -55,11 +57,11 @@ class How:
         return ODD_HEADS if 3 in self.sizes else HEADS[self.spec]
 
     def rules(self, order: str) -> sharding.Rules:
-        return sharding.training(self.strategy, self.ulysses, order)
+        return sharding.training(self.strategy, self.ulysses, order, self.both_ways)
 
 
-def over(strategy: str, seq: int, kernel: str, spec: str, ulysses: int = 1) -> How:
-    return How(strategy, (1, seq, 1), kernel, spec, ulysses)
+def over(strategy: str, seq: int, kernel: str, spec: str, ulysses=1, both_ways=False) -> How:
+    return How(strategy, (1, seq, 1), kernel, spec, ulysses, both_ways)
 
 
 # Each strategy with each number of shards, kernel and spec, though not with all of them at once.
@@ -80,6 +82,8 @@ HOWS = (
     over("ring", 4, "reference", "full", ulysses=2),
     over("ring", 8, "chunked", "window", ulysses=2),
     over("ring", 4, "chunked", "full", ulysses=4),
+    over("ring", 3, "chunked", "full", both_ways=True),
+    over("ring", 8, "reference", "window", ulysses=2, both_ways=True),
     How("ring", (2, 2, 2), "chunked", "full"),
     How("auto", (1, 4, 2), "auto", "full"),
 )
@@ -299,20 +303,24 @@ def test_a_window_ends_the_round_early():
     assert ring.hops(Mask(causal=False, window=9), 8, 8, contiguous=True) == 8
 
 
-def sends(spec: AttentionSpec, heads: tuple[int, int] = (8, 4), **rules) -> int:
-    """How many sends to a neighbour stand in the program of forward and backward."""
+def sends(spec: AttentionSpec, heads: tuple[int, int] = (8, 4), to: str = "", **rules) -> int:
+    """How many sends stand in the program of forward and backward; `to` whom the first does."""
     gradient, arguments = call(sharding.training(**rules), spec, heads)
     text = str(jax.make_jaxpr(gradient)(*arguments))
-    return text.count(" ppermute[")
+    return len(re.findall(rf" ppermute\[[^]]*?perm=\(\(0, {to}", text))
 
 
 def test_the_last_hop_sends_nothing():
     """Two hops: K and V and where they stand, once; again, with dK and dV, and their way home."""
     with jax.set_mesh(make_mesh((1, 2, 1))):
         assert sends(full(), strategy="ring") == 2 + 2 + 1 + 1
+        assert sends(full(), strategy="ring", both_ways=True) == 2 * (2 + 2 + 1 + 1)
         assert sends(sliding(1), strategy="ring") == 0
     with jax.set_mesh(make_mesh((1, 8, 1))):
         assert sends(sliding(9), strategy="ring") == 2 + 2 + 1 + 1
+        assert sends(sliding(9), strategy="ring", both_ways=True) == 2 + 2 + 1 + 1
+        there, back = (sends(full(), to=to, strategy="ring", both_ways=True) for to in "17")
+        assert there == back > 0
 
 
 @pytest.mark.parametrize("strategy", ["auto", "local", "allgather", "ring", "ulysses"])

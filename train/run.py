@@ -90,7 +90,7 @@ def choose_rules(experiment: Experiment, segments: Callable[[], np.ndarray]) -> 
     `segments()` gives rows [B, T] like those to come, by which mesh.layout=auto is chosen.
     """
     mesh, config = experiment.mesh, experiment.train
-    rules = sharding.training(mesh.strategy, mesh.ulysses)
+    rules = sharding.training(mesh.strategy, mesh.ulysses, both_ways=mesh.both_ways)
     feed.check(config, rules)
     chosen = mesh.layout
     if chosen == "auto":

@@ -6,7 +6,8 @@ key) that a device sees a head, at rates F FLOP/s (of which kernels reach EFFICI
 
     products     4 H N pairs / F forward, 10 H N pairs / F backward
     kv           2 B c K H bytes of one shard's keys and values; their gradients are float32
-    ring         sends overlap with hops: the first, then (hops - 1) max(products / hops, kv / L)
+    ring         sends overlap with hops: the first, then (hops - 1) max(products / hops, kv / L),
+                 or kv / 2 L both ways round
     allgather    products + (P - 1) kv / 2 L, both ways round; gradients scatter home like that
     ulysses      products + 2 q + kv exchanged, twice; on a torus a link is loaded P / 8 times
 
@@ -36,6 +37,7 @@ class Work(NamedTuple):
     itemsize: int
     pairs: float  # a head, the mean of all devices
     hops: int  # shards that a query may see
+    ways: int  # round the ring
     in_order: bool  # a contiguous layout
     reaches_all: bool  # of what is earlier: then later shards have more to do
 
@@ -68,7 +70,8 @@ def _link(chip: Chip) -> float:
 
 
 def _ring(work: Work, chip: Chip, products: list[float]) -> float:
-    link, sends = _link(chip), work.hops - 1
+    # What leaves by a switch leaves by one port, wherever it goes.
+    link, sends = _link(chip) * min(work.ways, chip.ports), work.hops - 1
     forward, backward = (s / work.hops for s in products)
     kv, dkv = work.kv() / link, work.kv(itemsize=4) / link
     home = work.kv() / link * min(sends, work.shards - sends)

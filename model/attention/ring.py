@@ -1,7 +1,8 @@
 """WHERE: the length is sharded; keys and values go round a ring, queries stay (arXiv 2310.01889).
 
     hop h: device i holds the keys of shard i - h, merges what its queries see in them by
-    log-sum-exp in float32, and has already sent them on to device i + 1
+    log-sum-exp in float32, and has already sent them on to device i + 1; both ways round, it holds
+    half of those of shard i - h and half of those of i + h
 
 One custom_vjp stands around the whole exchange: autodiff would keep the keys of every hop. The
 backward goes round again with the lse and delta of all hops; dK and dV travel with their keys.
@@ -27,14 +28,25 @@ class Ring(NamedTuple):
     size: int
     stride: int
     hops: int  # shards that a query may see, its own included
+    both_ways: bool = False
 
     def send(self, tree, places: int = 1):
-        """`tree`, moved so many places on."""
+        """`tree`, [2, B, T, ...], moved so many places on; or half of its tokens, and half back."""
+
+        def send(x):
+            if not self.both_ways:
+                return self._move(x, places)
+            ahead, back = jnp.split(x, [x.shape[2] // 2], axis=2)
+            return jnp.concatenate([self._move(ahead, places), self._move(back, -places)], 2)
+
+        return jax.tree.map(send, tree)
+
+    def _move(self, x: jax.Array, places: int) -> jax.Array:
         num_devices, shift = self.size * self.stride, places * self.stride
         if shift == 0:
-            return tree
+            return x
         pairs = [(i, (i + shift) % num_devices) for i in range(num_devices)]
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axes, pairs), tree)
+        return jax.lax.ppermute(x, self.axes, pairs)
 
     def go_round(self, hop, start):
         """hop(carry, first=..., last=...) for each shard in reach; the ends stand apart.

@@ -94,6 +94,11 @@ class Call(NamedTuple):
         contiguous = self.rules.layout == "contiguous"
         return ring.hops(self.spec.mask, size, self.q_shape[1] // size, contiguous)
 
+    @property
+    def both_ways(self) -> bool:
+        """A round that ends early goes one way: what comes from the other is out of reach."""
+        return self.rules.both_ways and self.hops == self.rules.ring_size()
+
     def work(self) -> cost.Work:
         """One device's part, for the cost model; documents are taken to fill their rows."""
         rules, (B, T, N, H) = self.rules, self.q_shape
@@ -109,6 +114,7 @@ class Call(NamedTuple):
             self.itemsize,
             rows * tokens * float(keys_seen(self.spec, T).mean()),
             self.hops,
+            1 + self.both_ways,
             rules.layout == "contiguous",
             not self.spec.mask.reach,
         )
@@ -138,7 +144,7 @@ def _allgather(call: Call) -> Way:
 def _ring(call: Call) -> Way:
     rules = call.rules
     size = rules.ring_size()
-    places = ring.Ring(rules.axes("length"), size, rules.ulysses, call.hops)
+    places = ring.Ring(rules.axes("length"), size, rules.ulysses, call.hops, call.both_ways)
     way = Way(*(functools.partial(f, places, call.pair) for f in (ring.attention, ring.forward)))
     way = call.once_sorted(way)
     return way if rules.ulysses == 1 else _exchange(call, rules.ulysses, way)

@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from core.config import UserError
 from core.sharding import Rules
@@ -22,8 +23,9 @@ from model.cache import KVCache
 from model.config import ModelConfig
 from model.parameters import Maker
 
-Remat = Literal["none", "dots", "attention", "full"]
+Remat = Literal["none", "dots", "attention", "offload", "full"]
 
+LAYER = "layer"  # name of what goes into a group of layers
 REMAT_POLICIES = {
     # What attention costs grows with the length: its output is always worth its memory.
     "attention": jax.checkpoint_policies.save_only_these_names(local.SAVED),
@@ -31,6 +33,13 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(local.SAVED),
+    ),
+    # The same, and the layers' inputs, in the host's memory till the backward asks for them.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[local.SAVED, LAYER],
+        offload_src="device",
+        offload_dst="pinned_host",
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -82,7 +91,7 @@ class Transformer(nnx.Module):
 
             def group(x_BTD, scanned, first_slot=slot):
                 blocks, layer = scanned
-                kvs = []
+                x_BTD, kvs = checkpoint_name(x_BTD, LAYER), []
                 for i, block in enumerate(blocks):
                     stored = cache.stored(first_slot + i, layer) if cache is not None else None
                     cos_sin = tables.get(block.attention.spec.rope)

@@ -122,6 +122,14 @@ def test_flops_are_those_of_the_formula(tmp_path):
     assert report.flops_per_device * 4 == pytest.approx(matrices + attention, rel=0.01)
 
 
+def test_offload_keeps_what_the_backward_needs_on_the_host(tmp_path):
+    """Inputs and attention's outputs of both layers, in memory space 5 of libtpu."""
+    text = tmp_path / "step.txt"
+    aot.main(experiment(tmp_path, dict(topology="v5e:1x1", text=str(text)), remat="offload"))
+    on_host = set(re.findall(r"= \w+\[(2,[\d,]+)\]\{[^}]*S\(5\)\}", text.read_text()))
+    assert on_host == {"2,8,32,32", "2,8,32,4,8", "2,8,32,4"}, "layers' inputs, outputs, lse"
+
+
 def test_a_model_that_is_too_large_is_an_answer(tmp_path, capsys):
     """Refused by the compiler for 16 GiB of arguments alone; advice, and exit status 0."""
     model = dict(embed_dim=8192, mlp_dim=32768, num_layers=8, attention_kernel="reference")
@@ -132,7 +140,12 @@ def test_a_model_that_is_too_large_is_an_answer(tmp_path, capsys):
     assert report["argument_bytes"] > 15e9 and report["flops_per_device"] is None
     assert report["collectives"] == []
     out = capsys.readouterr().out
-    assert "NO" in out and "--config.train.remat=full" in out and "shorter context" in out
+    assert (
+        "NO" in out
+        and "--config.train.remat=offload" in out
+        and "--config.train.remat=full" in out
+        and "shorter context" in out
+    )
 
 
 def test_a_kernel_too_large_for_its_chip_is_no_answer():

@@ -130,6 +130,8 @@ def advice(experiment: Experiment, report: Report) -> list[str]:
     """What lowers the memory of this step, the cheapest first."""
     train, (data, _, model) = experiment.train, axis_sizes(experiment.mesh, report.devices)
     lines = []
+    if train.remat in ("none", "dots", "attention"):
+        lines.append("--config.train.remat=offload keeps what the backward needs on the host")
     if train.remat != "full":
         lines.append("--config.train.remat=full redoes each layer in the backward pass")
     rows = train.batch_size // train.accumulation // data

@@ -51,7 +51,9 @@ class TrainConfig(Section):
     freeze: tuple[str, ...] = setting((), "parameters that stay as they are, decay or not")
 
     remat: Remat = setting(
-        "attention", "redo in the backward pass: none, all but dots, all but attention, or full"
+        "attention",
+        "redo in the backward pass: none, all but dots, all but attention, full; "
+        "offload is attention with what is kept in the host's memory",
     )
     log_every: int = setting(10, "steps between rows of metrics.jsonl", low=1)
     eval_every: int = setting(0, "steps between evaluations; 0 is at the end only", low=0)

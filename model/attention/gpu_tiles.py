@@ -96,12 +96,17 @@ def backward_keys(
 
 
 def _visit(tiles_Z, counts_2, tile, carry):
-    """The tiles of a list, one after the other."""
+    """The tiles of a list, one after the other; which comes next is known a tile ahead."""
     whole, every = counts_2[0], counts_2[1]
+    last = tiles_Z.shape[0] - 1
     for start, end, masked in ((0, whole, False), (whole, every, True)):
-        carry = jax.lax.fori_loop(
-            start, end, lambda i, carry, masked=masked: tile(tiles_Z[i], carry, masked), carry
-        )
+
+        def step(i, carry, masked=masked):
+            z, carry = carry
+            return tiles_Z[jnp.minimum(i + 1, last)], tile(z, carry, masked)
+
+        first = tiles_Z[jnp.minimum(start, last)]
+        _, carry = jax.lax.fori_loop(start, end, step, (first, carry))
     return carry
 
 

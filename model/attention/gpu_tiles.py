@@ -79,7 +79,7 @@ def backward_keys(
             here = pl.ds(y * R, R)
             q_at = _rows(_at(q_at_2T, here)) if masked or how.alibi else None
             q_RH, dout_RH = q_TGH[here, g, :], dout_TGH[here, g, :]
-            s_CR, tanh_CR = dot(k, q_RH, ROWS_BY_ROWS), None
+            s_CR = dot(k, q_RH, ROWS_BY_ROWS)
             s_CR, tanh_CR = scores(how, s_CR, slope_G[g], q_at, k_at, masked)
             lse_1R, delta_1R = lse_TG[here, g][None], delta_TG[here, g][None]
             dp_CR = dot(v, dout_RH, ROWS_BY_ROWS)
@@ -96,7 +96,10 @@ def backward_keys(
 
 
 def _visit(tiles_Z, counts_2, tile, carry):
-    """The tiles of a list, one after the other; which comes next is known a tile ahead."""
+    """The tiles of a list, one after the other.
+
+    Which comes next is known a tile ahead: else Triton has to wait for it before it can fetch.
+    """
     whole, every = counts_2[0], counts_2[1]
     last = tiles_Z.shape[0] - 1
     for start, end, masked in ((0, whole, False), (whole, every, True)):

@@ -31,7 +31,9 @@ class ModelConfig(Section):
     qk_norm: bool = setting(False, "RMS-normalise queries and keys of each head")
     tied_head: bool = setting(True, "logits from the embedding's own table")
     init_scale: float = setting(0.02, "standard deviation of the initial weights", above=0)
-    attention_kernel: Literal["auto", "reference", "chunked", "splash"] = setting("auto", "how")
+    attention_kernel: Literal["auto", "reference", "chunked", "splash", "gpu"] = setting(
+        "auto", "how"
+    )
     dtype: Dtype = setting("bfloat16", "of activations and matrix products")
     param_dtype: Dtype = setting("float32", "of stored parameters")
 

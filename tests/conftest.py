@@ -13,7 +13,7 @@ from absl import flags
 
 from core import backend, sharding
 from data import prepare
-from model.attention import splash
+from model.attention import gpu_call, splash
 from train import pretrain
 
 # Tests compile more than they run; this halves the time of the suite. Children inherit it.
@@ -44,9 +44,12 @@ def make_mesh(sizes):
 
 
 def small_tiles(monkeypatch, size):
-    """Blocks of `size` for splash, so that short rows have several."""
+    """Blocks of `size` for kernels in Pallas, so that short rows have several."""
     for name in ("LANES", "MIN_BLOCK", "QUERIES", "BACKWARD_QUERIES", "KEYS"):
         monkeypatch.setattr(splash, name, size)
+    for name in ("FORWARD", "BACKWARD_QUERIES", "BACKWARD_KEYS"):
+        kernel = getattr(gpu_call, name)._replace(R=size, C=size)
+        monkeypatch.setattr(gpu_call, name, kernel)
 
 
 @pytest.fixture

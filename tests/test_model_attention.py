@@ -34,16 +34,25 @@ SPLASH_CASES = {
     Case("packed", prefix=11),
     Case("padded", alibi=True),
 }
+GPU_CASES = {  # the masks are those of splash, evaluated by the same lines
+    Case("shuffled", window=7),
+    Case("packed", window=17, softcap=2.0, K=1),
+    Case("cache", window=30),
+    Case("future", window=7),
+    Case("packed", block=3, local=2, stride=3),
+    Case("padded", alibi=True),
+}
+QUICK = {"splash": SPLASH_CASES, "gpu": GPU_CASES}
 
 
 def every(kernels):
     """(kernel, case) of the whole table."""
-    assert set(CASES) >= SPLASH_CASES
+    assert set(CASES) >= SPLASH_CASES >= GPU_CASES
     return [
         pytest.param(kernel, case, id=f"{kernel}-{case}", marks=[pytest.mark.slow] * is_slow)
         for kernel in kernels
         for case in CASES
-        for is_slow in [kernel == "splash" and case not in SPLASH_CASES]
+        for is_slow in [case not in QUICK.get(kernel, CASES)]
     ]
 
 
@@ -159,7 +168,7 @@ def test_rows_that_see_nothing_are_zero_and_pass_nothing_back(kernel, layout, ro
     assert all(np.isfinite(x).all() for x in gradients[:3])
 
 
-@pytest.mark.parametrize("kernel", ["chunked", "splash"])
+@pytest.mark.parametrize("kernel", ["chunked", "splash", "gpu"])
 def test_tiles_out_of_reach_are_never_touched(kernel):
     """NaN in a tile that is visited spreads, masked or not: 0 * NaN is NaN.
 

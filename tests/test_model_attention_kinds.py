@@ -48,16 +48,25 @@ def test_every_kind_over_every_strategy(kind, spread):
     check(kind, spread, "chunked")
 
 
-@pytest.mark.parametrize(("kind", "spread"), [("sliding", "ring"), ("prefix", "ring x ulysses")])
-def test_splash_over_strategies(kind, spread):
-    check(kind, spread, "splash")
+@pytest.mark.parametrize(
+    ("kernel", "kind", "spread"),
+    [
+        ("splash", "sliding", "ring"),
+        ("splash", "prefix", "ring x ulysses"),
+        ("gpu", "sliding", "ring"),
+        ("gpu", "prefix", "ring x ulysses"),
+    ],
+)
+def test_pallas_over_strategies(kernel, kind, spread):
+    check(kind, spread, kernel)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["splash", "gpu"])
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_splash_with_every_kind_over_every_strategy(kind, spread):
-    check(kind, spread, "splash")
+def test_pallas_with_every_kind_over_every_strategy(kind, spread, kernel):
+    check(kind, spread, kernel)
 
 
 def check(kind, spread, kernel):

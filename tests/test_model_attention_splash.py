@@ -126,7 +126,7 @@ def test_a_list_too_long_is_cut_in_parts(monkeypatch):
         run(splash)
 
 
-@pytest.mark.parametrize("kernel", ["splash", "auto"])
+@pytest.mark.parametrize("kernel", ["splash", "gpu", "auto"])
 def test_the_log_says_what_runs_on_a_cpu(kernel, caplog):
     kernels.log_once.cache_clear()
     with jax.set_mesh(make_mesh((1, 1, 1))), caplog.at_level(logging.INFO, "cakrawala"):
@@ -140,5 +140,5 @@ def test_the_log_says_what_runs_on_a_cpu(kernel, caplog):
         for _ in range(2):
             jax.eval_shape(attended, q, at)
     said = [m for m in caplog.messages if m.startswith("attention_kernel")]
-    what = "on cpu it is interpreted" if kernel == "splash" else "auto: chunked for cpu"
+    what = "auto: chunked for cpu" if kernel == "auto" else "on cpu it is interpreted"
     assert len(said) == 1 and what in said[0]

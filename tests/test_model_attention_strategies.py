@@ -75,6 +75,7 @@ HOWS = (
     over("ring", 8, "chunked", "full"),
     over("ring", 4, "splash", "window"),
     over("allgather", 3, "splash", "full"),
+    over("ring", 4, "gpu", "full"),
     over("ulysses", 2, "chunked", "full"),
     over("ulysses", 3, "reference", "full"),
     over("ulysses", 4, "reference", "window"),
@@ -92,7 +93,7 @@ EVERY = [
     for (strategy, ulysses), seq, kernel, spec in itertools.product(
         [("allgather", 1), ("ring", 1), ("ulysses", 1), ("ring", 2), ("ring", 4)],
         (2, 3, 4, 8),
-        ("reference", "chunked", "splash"),
+        ("reference", "chunked", "splash", "gpu"),
         SPECS,
     )
     if seq % ulysses == 0

@@ -6,30 +6,48 @@ from types import ModuleType
 
 import jax
 
+from core import hardware
 from core.config import UserError
-from model.attention import chunked, reference, splash
+from model.attention import chunked, gpu, reference, splash
 
 log = logging.getLogger("cakrawala")
 
-KERNELS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked, "splash": splash}
+KERNELS: dict[str, ModuleType] = {
+    "reference": reference,
+    "chunked": chunked,
+    "splash": splash,
+    "gpu": gpu,
+}
+MADE_FOR = {"splash": ("TPU",), "gpu": ("NVIDIA", "Tesla")}  # how names of devices begin
 
 
 def kernel_of(name: str, tokens: int) -> ModuleType:
     """The kernel for so many queries of a device; what `auto` means and why is logged."""
     kind = device_kind()
-    on_tpu = kind.startswith("TPU")
     if name == "auto":
-        name = "splash" if on_tpu and tokens >= splash.LANES else "chunked"
-        few = f": {tokens} tokens a device do not fill the {splash.LANES} lanes of splash"
-        reason = few if on_tpu and name == "chunked" else ""
+        name, reason = _best(kind, tokens)
         log_once(f"attention_kernel=auto: {name} for {kind}{reason}")
     elif name not in KERNELS:
         raise UserError(f"attention_kernel={name!r} is not one of auto, {', '.join(KERNELS)}")
-    elif name == "splash" and not on_tpu:
+    elif name in MADE_FOR and not kind.startswith(MADE_FOR[name]):
         log_once(
-            f"attention_kernel=splash is for TPUs: on {kind} it is interpreted, right but slow"
+            f"attention_kernel={name} is for {MADE_FOR[name][0]} devices: on {kind} it is "
+            "interpreted, right but slow"
         )
     return KERNELS[name]
+
+
+def _best(kind: str, tokens: int) -> tuple[str, str]:
+    """(name, the reason in words, where it is not plain)."""
+    if kind.startswith("TPU"):
+        few = f": {tokens} tokens a device do not fill the {splash.LANES} lanes of splash"
+        return ("splash", "") if tokens >= splash.LANES else ("chunked", few)
+    if kind.startswith(MADE_FOR["gpu"]):
+        # The chips that we know have compute capability 8.0 or 9.0.
+        if hardware.chip(kind):
+            return "gpu", ", for which it was compiled (docs/gpu.md), though never run on one"
+        return "chunked", ": gpu was compiled for compute capability 8.0 and 9.0, which it may lack"
+    return "chunked", ""
 
 
 def device_kind() -> str:

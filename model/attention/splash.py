@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from core.config import Unsupported
-from model.attention import splash_tiles
+from model.attention import splash_tiles, tiles
 from model.attention.spec import Mask, Where
 from model.attention.splash_call import SUBLANES, Call
-from model.attention.splash_tiles import How
+from model.attention.tiles import How
 
 LANES = 128  # of a TPU register: blocks are multiples of it
 # Not measured. A tile has to hide the bytes that it fetches: in bfloat16 it does R FLOPs a byte
@@ -54,11 +54,11 @@ def forward(
     most = min(splash_tiles.MAX_Y, MAX_TILES * C // (B * S_whole))
     U, T_whole = _parts(T, R, most, "keys")
     call = Call(How(mask, scale, softcap, slope_N is not None), N, K, H, R, C)
-    queries, keys, slope_N = _vary_alike(
+    queries, keys, slope_N = tiles.vary_alike(
         (
             (_heads_first(q_BTNH, T_whole), _rows(q_at, T_whole)),
             (*(_heads_first(x, S_whole) for x in (k_BSKH, v_BSKH)), _rows(k_at, S_whole)),
-            _slopes(slope_N, N),
+            tiles.slopes(slope_N, N),
         )
     )
     k_BKSH, v_BKSH, k_at_B8S = keys
@@ -101,17 +101,15 @@ def backward(
     most = min(resident, MAX_TILES * R // (B * T_whole))
     U, S_whole = _parts(S, C, most, "queries")
     call = Call(How(mask, scale, softcap, slope_N is not None), N, K, H, R, C)
-    # 2 ** (score - inf) is 0: nothing comes back to queries that saw nothing.
-    lse_BTN = jnp.where(jnp.isneginf(lse_BTN), jnp.inf, lse_BTN * splash_tiles.LOG2_E)
     queries = {
         "q_RH": _heads_first(q_BTNH, T_whole),
         "dout_RH": _heads_first(dout_BTNH, T_whole),
-        "lse_1R": _heads_first(lse_BTN[..., None], T_whole).swapaxes(2, 3),
+        "lse_1R": _heads_first(tiles.base_2(lse_BTN)[..., None], T_whole).swapaxes(2, 3),
         "delta_1R": _heads_first(delta_BTN[..., None], T_whole).swapaxes(2, 3),
     }
     keys = *(_heads_first(x, S_whole) for x in (k_BSKH, v_BSKH)), _rows(k_at, S_whole)
-    queries, q_at_B8T, keys, slope_N = _vary_alike(
-        (queries, _rows(q_at, T_whole), keys, _slopes(slope_N, N))
+    queries, q_at_B8T, keys, slope_N = tiles.vary_alike(
+        (queries, _rows(q_at, T_whole), keys, tiles.slopes(slope_N, N))
     )
 
     def part(keys):
@@ -171,10 +169,6 @@ def _rows(at: Where, length: int) -> jax.Array:
     return jnp.pad(at_B2T, ((0, 0), (0, SUBLANES - 2), (0, length - at_B2T.shape[2])))
 
 
-def _slopes(slope_N: jax.Array | None, N: int) -> jax.Array:
-    return jnp.zeros(N, jnp.float32) if slope_N is None else slope_N
-
-
 def _split(x_BNT: jax.Array, U: int) -> jax.Array:
     """[B, N, T, ...] -> [U, B, N, T / U, ...]."""
     B, N, T, *rest = x_BNT.shape
@@ -185,13 +179,3 @@ def _join(x_UBNTH: jax.Array, length: int) -> jax.Array:
     """[U, B, N, T, H] -> [B, length, N, H]."""
     U, B, N, T, H = x_UBNTH.shape
     return x_UBNTH.transpose(1, 0, 3, 2, 4).reshape(B, U * T, N, H)[:, :length]
-
-
-def _vary_alike(tree):
-    """Its arrays, all varying over the mesh axes that any varies over (for shard_map)."""
-
-    def varying(x):
-        return jax.typeof(x).manual_axis_type.varying
-
-    every = frozenset().union(*map(varying, jax.tree.leaves(tree)))
-    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(every - varying(x)), to="varying"), tree)

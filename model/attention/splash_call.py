@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from model.attention import blocks, splash_tiles
+from model.attention import blocks, splash_tiles, tiles
 from model.attention.spec import Mask, Where
-from model.attention.splash_tiles import How
+from model.attention.tiles import How
 
 SUBLANES = 8  # of a TPU register: positions and segments stand in so many rows
 
@@ -90,7 +90,7 @@ class Call(NamedTuple):
             slope_N,
             *arrays.values(),
             tpu=functools.partial(run, interpret=False),
-            default=functools.partial(_unchecked, functools.partial(run, interpret=True)),
+            default=functools.partial(tiles.unchecked, functools.partial(run, interpret=True)),
         )
 
     def cost(self, body, arrays, results, B: int, T: int, S: int) -> pl.CostEstimate:
@@ -142,13 +142,8 @@ def tile_list(
     A query block that meets no key block visits one all the same: its result must be written.
     Rows with fewer tiles stay at their last one and do nothing.
     """
-    q_at, k_at = _blocks_of(q_at_B8T, R), _blocks_of(k_at_B8S, C)
-    (q_ends, q_whole_BY), (k_ends, k_whole_BZ) = _ends(q_at), _ends(k_at)
-    q_ends = jax.tree.map(lambda x_BY: x_BY[:, :, None], q_ends)
-    k_ends = jax.tree.map(lambda x_BZ: x_BZ[:, None, :], k_ends)
-    meets_BYZ = blocks.meets(mask, q_ends, k_ends)
-    whole_BYZ = blocks.covers(mask, q_ends, k_ends) & meets_BYZ
-    whole_BYZ &= q_whole_BY[:, :, None] & k_whole_BZ[:, None, :]
+    q_at, k_at = (Where(at_B8[:, 0], at_B8[:, 1]) for at_B8 in (q_at_B8T, k_at_B8S))
+    meets_BYZ, whole_BYZ = tiles.met(mask, tiles.cut(q_at, R), tiles.cut(k_at, C))
     B, Y, Z = meets_BYZ.shape
     y_1Y1, z_11Z = jnp.arange(Y)[None, :, None], jnp.arange(Z)[None, None]
     visits_BYZ = meets_BYZ | (~meets_BYZ.any(2, keepdims=True) & (z_11Z == 0))
@@ -162,37 +157,3 @@ def tile_list(
     tiles_BW = jnp.sort(tiles_BYZ.reshape(B, Y * Z), axis=1)
     tiles_BW = jnp.where(tiles_BW == blocks.FAR, end_B1, tiles_BW)
     return tiles_BW, visits_BYZ.sum((1, 2)).max()
-
-
-def _blocks_of(at_B8T: jax.Array, block: int) -> Where:
-    B, _, T = at_B8T.shape
-    return Where(*at_B8T[:, :2].reshape(B, 2, T // block, block).swapaxes(0, 1))
-
-
-def _ends(at_BYR: Where) -> tuple[blocks.Ends, jax.Array]:
-    """The ends of each block, [B, Y], and whether it is of one document, without padding."""
-    B, Y, R = at_BYR.segments_BT.shape
-    ends = blocks.ends(Where(*(x.reshape(B * Y, 1, R) for x in at_BYR)))
-    low_BY, high_BY = at_BYR.segments_BT.min(2), at_BYR.segments_BT.max(2)
-    whole_BY = (low_BY == high_BY) & (low_BY > 0)
-    return jax.tree.map(lambda x: x.reshape(B, Y), ends), whole_BY
-
-
-def _unchecked(run: Callable, *operands: jax.Array) -> tuple[jax.Array, ...]:
-    """`run` inside a shard_map, but without its check of varying axes: interpretation fails it.
-
-    Its loops start from constants, which vary over no axis. With the check off a product forgets
-    what its operands vary over; the results are told again.
-    """
-    axes = tuple(jax.typeof(operands[0]).manual_axis_type.varying)
-    if not axes:
-        return run(*operands)
-
-    def forgetful(*operands):
-        return run(*(x * jnp.ones((), x.dtype) for x in operands))
-
-    spec = jax.P()
-    unchecked = jax.shard_map(
-        forgetful, in_specs=spec, out_specs=spec, axis_names=frozenset(), check_vma=False
-    )
-    return tuple(jax.lax.pcast(x, axes, to="varying") for x in unchecked(*operands))

@@ -8,16 +8,13 @@ R queries and C keys of a tile; W tiles in a list.
 """
 
 import functools
-import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from model.attention.spec import Mask
-
-LOG2_E = math.log2(math.e)
+from model.attention.spec import Where
+from model.attention.tiles import LOG2_E, ROWS_BY_COLUMNS, ROWS_BY_ROWS, How, dot, scores
 
 # An entry of a list: the query block, the key block and what to do there, in 13, 14 and 4 bits.
 FIRST, LAST, WHOLE, PARTIAL = 1, 2, 4, 8
@@ -26,18 +23,6 @@ MAX_Z, MAX_Y = 2**14, 2**13
 
 PRODUCTS = {"forward": 2, "backward": 5}  # of a tile
 SCRATCH = {"forward": 2, "backward": 0}  # rows of R numbers that stay in VMEM between tiles
-
-ROWS_BY_ROWS = ((1,), (1,)), ((), ())  # x_MK y_NK
-ROWS_BY_COLUMNS = ((1,), (0,)), ((), ())  # x_MK y_KN
-
-
-class How(NamedTuple):
-    """What is fixed when the kernel is made."""
-
-    mask: Mask
-    scale: float
-    softcap: float
-    alibi: bool
 
 
 def entry(y: jax.Array, z: jax.Array, flags: jax.Array) -> jax.Array:
@@ -88,7 +73,7 @@ def forward(
         fade_1R = jnp.exp2(before_1R - safe_1R)
         high_1R[...] = now_1R
         total_1R[...] = total_1R[...] * fade_1R + p_CR.sum(0, keepdims=True)
-        more_HR = _dot(v_HC[...], p_CR.astype(v_HC.dtype), ROWS_BY_COLUMNS)
+        more_HR = dot(v_HC[...], p_CR.astype(v_HC.dtype), ROWS_BY_COLUMNS)
         out_HR[...] = out_HR[...] * fade_1R + more_HR
 
     _run(entry, tile)
@@ -139,13 +124,13 @@ def backward(
         q, dout = q_RH[...], dout_RH[...]
         s_CR, tanh_CR = _scores(how, k_CH[...], q, slope, q_at_8R, k_at_8C, masked)
         p_CR = jnp.exp2(s_CR - lse_1R[...])
-        dv_ZCH[z] += _dot(p_CR.astype(dout.dtype), dout, ROWS_BY_COLUMNS)
-        ds_CR = p_CR * (_dot(v_CH[...], dout, ROWS_BY_ROWS) - delta_1R[...])
+        dv_ZCH[z] += dot(p_CR.astype(dout.dtype), dout, ROWS_BY_COLUMNS)
+        ds_CR = p_CR * (dot(v_CH[...], dout, ROWS_BY_ROWS) - delta_1R[...])
         if how.softcap:
             ds_CR *= 1 - tanh_CR * tanh_CR
         ds_CR = ds_CR.astype(q.dtype)
-        dk_ZCH[z] += _dot(ds_CR, q, ROWS_BY_COLUMNS)
-        dq_HR[...] += _dot(k_HC[...], ds_CR, ROWS_BY_COLUMNS)
+        dk_ZCH[z] += dot(ds_CR, q, ROWS_BY_COLUMNS)
+        dq_HR[...] += dot(k_HC[...], ds_CR, ROWS_BY_COLUMNS)
 
     _run(entry, tile)
 
@@ -157,26 +142,10 @@ def _run(entry: jax.Array, tile) -> None:
 
 
 def _scores(how: How, k_CH, q_RH, slope, q_at_8R, k_at_8C, masked: bool):
-    """Scores in base 2, -inf where the mask rules; with a soft-cap the tanh in them, else None."""
-    s_CR, tanh_CR = _dot(k_CH, q_RH, ROWS_BY_ROWS), None
-    if how.softcap:
-        tanh_CR = jnp.tanh(s_CR * (how.scale / how.softcap))
-        s_CR = tanh_CR * (how.softcap * LOG2_E)
-    else:
-        s_CR = s_CR * (how.scale * LOG2_E)
+    """Scores in base 2, [C, R], and the tanh in them, if any."""
+    q_at = k_at = None
     if masked or how.alibi:
         k_at_C8 = k_at_8C[...].T
-        q_positions, k_positions = q_at_8R[0:1, :], k_at_C8[:, 0:1]
-    if how.alibi:
-        s_CR += (slope * LOG2_E) * (k_positions - q_positions).astype(jnp.float32)
-    if masked:
-        q_segments, k_segments = q_at_8R[1:2, :], k_at_C8[:, 1:2]
-        allowed_CR = how.mask.allowed(q_positions, k_positions, q_segments, k_segments)
-        s_CR = jnp.where(allowed_CR, s_CR, -jnp.inf)
-    return s_CR, tanh_CR
-
-
-def _dot(x: jax.Array, y: jax.Array, dims) -> jax.Array:
-    """A product with float32 sums; of float32 inputs the MXU would else take the first 8 bits."""
-    exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, y, dims, exact, jnp.float32)
+        q_at = Where(q_at_8R[0:1, :], q_at_8R[1:2, :])
+        k_at = Where(k_at_C8[:, 0:1], k_at_C8[:, 1:2])
+    return scores(how, dot(k_CH, q_RH, ROWS_BY_ROWS), slope, q_at, k_at, masked)

@@ -1,0 +1,126 @@
+"""What the Pallas kernels share: which tiles count, the scores of one, and how they are called.
+
+    meets_BYZ, whole_BYZ = met(mask, cut(q_at, R), cut(k_at, C))    # before the kernel, in XLA
+    s_RC, tanh_RC = scores(how, s_RC, slope, q_at, k_at, masked)    # in the kernel
+
+Beyond the letters of the repo: Y query blocks of R, Z key blocks of C.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from model.attention import blocks
+from model.attention.spec import Mask, Where
+
+LOG2_E = math.log2(math.e)
+
+ROWS_BY_ROWS = ((1,), (1,)), ((), ())  # x_MK y_NK
+ROWS_BY_COLUMNS = ((1,), (0,)), ((), ())  # x_MK y_KN
+
+
+class How(NamedTuple):
+    """What is fixed when the kernel is made."""
+
+    mask: Mask
+    scale: float
+    softcap: float
+    alibi: bool
+
+
+def cut(at: Where, block: int) -> Where:
+    """[B, T] -> [B, Y, R]."""
+    return Where(*(x_BT.reshape(x_BT.shape[0], -1, block) for x_BT in at))
+
+
+def met(mask: Mask, q_at_BYR: Where, k_at_BZC: Where) -> tuple[jax.Array, jax.Array]:
+    """Booleans [B, Y, Z]: tiles with pairs that may count, and those where all pairs do."""
+    (q_ends, q_whole_BY), (k_ends, k_whole_BZ) = _ends(q_at_BYR), _ends(k_at_BZC)
+    q_ends = jax.tree.map(lambda x_BY: x_BY[:, :, None], q_ends)
+    k_ends = jax.tree.map(lambda x_BZ: x_BZ[:, None, :], k_ends)
+    meets_BYZ = blocks.meets(mask, q_ends, k_ends)
+    whole_BYZ = blocks.covers(mask, q_ends, k_ends) & meets_BYZ
+    return meets_BYZ, whole_BYZ & q_whole_BY[:, :, None] & k_whole_BZ[:, None, :]
+
+
+def _ends(at_BYR: Where) -> tuple[blocks.Ends, jax.Array]:
+    """The ends of each block, [B, Y], and whether it is of one document, without padding."""
+    B, Y, R = at_BYR.segments_BT.shape
+    ends = blocks.ends(Where(*(x.reshape(B * Y, 1, R) for x in at_BYR)))
+    low_BY, high_BY = at_BYR.segments_BT.min(2), at_BYR.segments_BT.max(2)
+    whole_BY = (low_BY == high_BY) & (low_BY > 0)
+    return jax.tree.map(lambda x: x.reshape(B, Y), ends), whole_BY
+
+
+def scores(
+    how: How, s: jax.Array, slope: jax.Array, q_at: Where, k_at: Where, masked: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """From q k^T: scores in base 2, -inf where the mask rules; with a soft-cap the tanh in them.
+
+    Queries x keys or keys x queries, as `q_at` and `k_at` stand: [R, 1] and [1, C], or turned.
+    They are not looked at where there is neither a mask to evaluate nor ALiBi.
+    """
+    tanh = None
+    if how.softcap:
+        tanh = jnp.tanh(s * (how.scale / how.softcap))
+        s = tanh * (how.softcap * LOG2_E)
+    else:
+        s = s * (how.scale * LOG2_E)
+    if how.alibi:
+        ahead = k_at.positions_BT - q_at.positions_BT
+        s += (slope * LOG2_E) * ahead.astype(jnp.float32)
+    if masked:
+        allowed = how.mask.allowed(
+            q_at.positions_BT, k_at.positions_BT, q_at.segments_BT, k_at.segments_BT
+        )
+        s = jnp.where(allowed, s, -jnp.inf)
+    return s, tanh
+
+
+def dot(x: jax.Array, y: jax.Array, dims) -> jax.Array:
+    """A product with float32 sums; of float32 inputs a chip would else take the first bits."""
+    exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(x, y, dims, exact, jnp.float32)
+
+
+def slopes(slope_N: jax.Array | None, N: int) -> jax.Array:
+    """Those of ALiBi, or zeros that no kernel reads."""
+    return jnp.zeros(N, jnp.float32) if slope_N is None else slope_N
+
+
+def base_2(lse_BTN: jax.Array) -> jax.Array:
+    """For a backward pass. 2 ** (score - inf) is 0: nothing comes back to who saw nothing."""
+    return jnp.where(jnp.isneginf(lse_BTN), jnp.inf, lse_BTN * LOG2_E)
+
+
+def vary_alike(tree):
+    """Its arrays, all varying over the mesh axes that any varies over (for shard_map)."""
+
+    def varying(x):
+        return jax.typeof(x).manual_axis_type.varying
+
+    every = frozenset().union(*map(varying, jax.tree.leaves(tree)))
+    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(every - varying(x)), to="varying"), tree)
+
+
+def unchecked(run: Callable, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    """`run` inside a shard_map, but without its check of varying axes: interpretation fails it.
+
+    Its loops start from constants, which vary over no axis. With the check off a product forgets
+    what its operands vary over; the results are told again.
+    """
+    axes = tuple(jax.typeof(operands[0]).manual_axis_type.varying)
+    if not axes:
+        return run(*operands)
+
+    def forgetful(*operands):
+        return run(*(x * jnp.ones((), x.dtype) for x in operands))
+
+    spec = jax.P()
+    unchecked = jax.shard_map(
+        forgetful, in_specs=spec, out_specs=spec, axis_names=frozenset(), check_vma=False
+    )
+    return tuple(jax.lax.pcast(x, axes, to="varying") for x in unchecked(*operands))

@@ -54,14 +54,9 @@ def forward(
     most = min(splash_tiles.MAX_Y, MAX_TILES * C // (B * S_whole))
     U, T_whole = _parts(T, R, most, "keys")
     call = Call(How(mask, scale, softcap, slope_N is not None), N, K, H, R, C)
-    queries, keys, slope_N = _vary_alike(
-        (
-            (_heads_first(q_BTNH, T_whole), _rows(q_at, T_whole)),
-            (*(_heads_first(x, S_whole) for x in (k_BSKH, v_BSKH)), _rows(k_at, S_whole)),
-            _slopes(slope_N, N),
-        )
-    )
-    k_BKSH, v_BKSH, k_at_B8S = keys
+    queries = _heads_first(q_BTNH, T_whole), _rows(q_at, T_whole)
+    k_BKSH, v_BKSH = (_heads_first(x, S_whole) for x in (k_BSKH, v_BSKH))
+    k_at_B8S, slope_N = _rows(k_at, S_whole), _slopes(slope_N, N)
     v_BKHS = v_BKSH.swapaxes(2, 3)
 
     def part(queries):
@@ -110,9 +105,7 @@ def backward(
         "delta_1R": _heads_first(delta_BTN[..., None], T_whole).swapaxes(2, 3),
     }
     keys = *(_heads_first(x, S_whole) for x in (k_BSKH, v_BSKH)), _rows(k_at, S_whole)
-    queries, q_at_B8T, keys, slope_N = _vary_alike(
-        (queries, _rows(q_at, T_whole), keys, _slopes(slope_N, N))
-    )
+    q_at_B8T, slope_N = _rows(q_at, T_whole), _slopes(slope_N, N)
 
     def part(keys):
         k_BKSH, v_BKSH, k_at_B8S = keys
@@ -185,13 +178,3 @@ def _join(x_UBNTH: jax.Array, length: int) -> jax.Array:
     """[U, B, N, T, H] -> [B, length, N, H]."""
     U, B, N, T, H = x_UBNTH.shape
     return x_UBNTH.transpose(1, 0, 3, 2, 4).reshape(B, U * T, N, H)[:, :length]
-
-
-def _vary_alike(tree):
-    """Its arrays, all varying over the mesh axes that any varies over (for shard_map)."""
-
-    def varying(x):
-        return jax.typeof(x).manual_axis_type.varying
-
-    every = frozenset().union(*map(varying, jax.tree.leaves(tree)))
-    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(every - varying(x)), to="varying"), tree)

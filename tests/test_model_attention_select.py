@@ -19,7 +19,21 @@ from tolerances import assert_close
 from core import sharding
 from core.config import UserError
 from data import layout
-from model.attention import attend, chunked, kernels, nsa, pairs, select, spec
+from model.attention import (
+    attend,
+    chunked,
+    kernels,
+    nsa,
+    pairs,
+    picked_call,
+    picked_steps,
+    picked_tpu,
+    select,
+    spec,
+    strategies,
+)
+from model.attention.blocks import Pair
+from model.attention.picked import Picked
 from model.attention.spec import AttentionSpec, Heads, Where
 from model.flops import keys_seen
 
@@ -31,6 +45,10 @@ NSA = spec.nsa(block=4, top=4, window=5, compress=4, step=2, softcap=3.0)
 WIDE = spec.nsa(block=6, top=4, window=3, compress=9, step=3)
 RESULTS = "out", "dq", "dk", "dv", "dgates", "dcompressors"
 
+# Chosen blocks by the kernels for TPUs, all else chunked.
+ON_TPU = types.ModuleType("on_tpu")
+ON_TPU.forward, ON_TPU.backward = chunked.forward, chunked.backward
+
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
@@ -40,6 +58,12 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(pairs, "TILE_ROWS", 8)
     monkeypatch.setattr(select, "SCORES", 3000)
     monkeypatch.setattr(layout, "TILE", 2)
+    monkeypatch.setattr(picked_tpu, "PART_FLOATS", 600)
+    monkeypatch.setattr(picked_steps, "RUNS", 8)
+    for name, size in dict(LANES=8, ALIGN=4, KEYS=3).items():
+        monkeypatch.setattr(picked_call, name, size)
+    monkeypatch.setitem(kernels.KERNELS, "on_tpu", ON_TPU)
+    monkeypatch.setitem(strategies.PICKED, ON_TPU, picked_tpu.PickedTpu)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,18 +88,22 @@ def over(spec: AttentionSpec, strategy: str, *sizes: int, ulysses: int = 1) -> H
 
 
 ALONE = [How(s, kernel) for s in (MOBA, NSA, WIDE) for kernel in ("reference", "chunked")]
+ALONE += [How(MOBA, "on_tpu"), How(NSA, "on_tpu")]
 SHARDED = [
     over(MOBA, "ring", 1, 4, 1),
     over(MOBA, "allgather", 1, 3, 1),
     over(MOBA, "ulysses", 1, 4, 1),
     over(NSA, "ring", 2, 2, 2),
     over(NSA, "allgather", 1, 8, 1),
+    How(MOBA, "on_tpu", "ring", (1, 2, 2)),
 ]
 MORE = [
     over(NSA, "ulysses", 1, 2, 1),
     over(NSA, "ring", 1, 4, 1, ulysses=2),
     over(WIDE, "ring", 1, 3, 1),
     over(MOBA, "ring", 1, 8, 1, ulysses=2),
+    How(NSA, "on_tpu", "allgather", (1, 3, 1)),
+    How(NSA, "on_tpu", "ulysses", (1, 2, 1)),
 ]
 LONG = [pytest.param(how, marks=pytest.mark.slow) for how in MORE]
 
@@ -203,6 +231,19 @@ def test_nothing_leaks(how):
     assert not changed.any()
 
 
+@pytest.mark.parametrize("strategy", list(strategies.STRATEGIES))
+def test_a_kernel_for_tpus_goes_to_chosen_blocks_in_its_own_way(strategy):
+    for what, kernel, way in (
+        (MOBA, "splash", picked_tpu.PickedTpu),
+        (NSA, "splash", picked_tpu.PickedTpu),
+        (NSA, "chunked", Picked),
+        (spec.full(), "splash", Pair),
+    ):
+        rules = sharding.training(strategy)
+        call = strategies.Call(kernels.KERNELS[kernel], what, rules, (1, LENGTH, N, H), K, 4)
+        assert type(call.pair) is way
+
+
 def test_moba_of_all_blocks_is_full_attention():
     everything = attended(How(spec.moba(block=4, top=LENGTH // 4)))
     for name, a, b in zip(RESULTS[:4], everything, attended(How(spec.full())), strict=False):
@@ -253,7 +294,8 @@ def test_work_grows_with_the_blocks_chosen(monkeypatch, shards):
         jax.debug.callback(one_more)
         return chunked.forward(*args, **how)
 
-    kernel = types.SimpleNamespace(forward=forward, backward=chunked.backward)
+    kernel = types.ModuleType("counted")
+    kernel.forward, kernel.backward = forward, chunked.backward
     monkeypatch.setitem(kernels.KERNELS, "counted", kernel)
     tiles = {}
     for length in (256, 512):

@@ -49,8 +49,7 @@ class Picked(NamedTuple):
         kv_BKSH = keys.sort(k_BSKH), keys.sort(v_BSKH)
         fresh = functools.partial(blocks.fresh, (q_BTNH, k_BSKH, v_BSKH, heads.chosen, q_at))
 
-        def lane(args):
-            row, kv_head, pairs, slope_G, q_TGH = args
+        def lane(row, kv_head, pairs, slope_G, q_TGH):
             kv_SH = [x[row, kv_head] for x in kv_BKSH]
 
             def see(tile, part):
@@ -67,8 +66,7 @@ class Picked(NamedTuple):
             nothing = [fresh(q_TGH.shape, 0.0), fresh(q_TGH.shape[:2], -jnp.inf)]
             return self._walk(pairs, q_at, keys, row, lanes.G, see, nothing)
 
-        parts = jax.lax.map(lane, lanes.of(heads.slope_N, q_BTNH))
-        return tuple(lanes.join(x_XTG) for x_XTG in parts)
+        return lanes.map(lane, heads.slope_N, q_BTNH)
 
     def backward(
         self, q_BTNH, k_BSKH, v_BSKH, heads: Heads, q_at: Where, k_at: Where, *done: jax.Array

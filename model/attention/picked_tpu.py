@@ -45,7 +45,7 @@ class PickedTpu(NamedTuple):
         """(out [B, T, N, H], lse [B, T, N]) float32, as of `Pair`."""
         work = _Work(self, q_BTNH, k_BSKH, v_BSKH, heads, q_at, k_at)
 
-        def lane(args):
+        def lane(*args):
             *which, q_TGH = args
             lane = _Lane(work, *which)
 
@@ -56,8 +56,7 @@ class PickedTpu(NamedTuple):
             nothing = work.fresh(q_TGH.shape, 0.0), work.fresh(q_TGH.shape[:2], -jnp.inf)
             return lane.each_part(part, nothing)
 
-        parts = jax.lax.map(lane, work.lanes.of(heads.slope_N, q_BTNH))
-        return tuple(work.lanes.join(x_XTG) for x_XTG in parts)
+        return work.lanes.map(lane, heads.slope_N, q_BTNH)
 
     def backward(
         self, q_BTNH, k_BSKH, v_BSKH, heads: Heads, q_at: Where, k_at: Where, *done: jax.Array

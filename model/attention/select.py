@@ -225,6 +225,9 @@ def _in_parts(scores, choose, q_BTNH: jax.Array, at: Where, Z: int) -> jax.Array
         x_BT = jnp.pad(x_BT, [(0, 0), (0, parts * t - T)] + [(0, 0)] * (x_BT.ndim - 2))
         return jnp.moveaxis(x_BT.reshape(B, parts, t, *x_BT.shape[2:]), 1, 0)
 
+    # Else, in a scan over layers, JAX makes what needs no layer (the masks) ahead of the scan, and
+    # for all parts at once: 17 GiB for Llama 3 8B and 1M tokens on 128 devices.
+    @jax.checkpoint
     def part(args):
         q_BtNH, at = args
         return choose(scores(q_BtNH, at), at)

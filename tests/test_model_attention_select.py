@@ -23,6 +23,7 @@ from model.attention import (
     attend,
     chunked,
     kernels,
+    local,
     nsa,
     pairs,
     picked_call,
@@ -334,6 +335,37 @@ def test_memory_grows_with_the_length_not_its_square():
             return lowered.compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(16384) < 2.2 * temporary_bytes(8192)
+
+
+@pytest.mark.parametrize("how", [MOBA, NSA], ids=lambda how: how.kind)
+@pytest.mark.parametrize("kernel", ["chunked", "on_tpu"])
+def test_a_scan_over_layers_makes_no_masks_ahead_and_chooses_once(how, kernel):
+    """Partial evaluation takes what needs no layer out of the scan, of all parts at once; and
+    backward would choose again.
+    """
+    shards, layers, length = 4, 3, 4 * LENGTH
+    rules = sharding.training("ring", layout="zigzag")
+    place = rules("batch", "length", "act_heads", None)
+    weights, given = compressors(how), dict(kernel=kernel, rules=rules)
+
+    def layer(q, k, at):
+        if how.kind == "moba":
+            return attend.attend(q, k, k, at, how, **given)
+        compress = tuple(nsa.Compressor(*w) for w in weights)
+        return nsa.attention(q, k, k, jnp.ones((*q.shape[:3], 3)), compress, at, how, **given)
+
+    def total(q, k, at):
+        save = jax.checkpoint_policies.save_only_these_names(local.SAVED)
+        step = jax.checkpoint(lambda q, _: (layer(q, k, at), None), policy=save)
+        return jax.lax.scan(step, q, length=layers)[0].sum()
+
+    with jax.set_mesh(make_mesh((1, shards, 1))):
+        q, k = (jax.ShapeDtypeStruct((1, length, n, H), "float32", sharding=place) for n in (N, K))
+        at = jax.ShapeDtypeStruct((1, length), "int32", sharding=rules("batch", "length"))
+        traced = jax.make_jaxpr(jax.grad(total))(q, k, Where(at, at))
+    sizes = [v.aval.size for eqn in traced.eqns for v in eqn.outvars]
+    assert max(sizes) <= layers * q.size
+    assert str(traced).count(" top_k[") == 1
 
 
 @pytest.mark.parametrize("how", [MOBA, NSA, WIDE], ids=lambda how: how.kind)

@@ -17,8 +17,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from model.attention import blocks
+from model.attention.local import SAVED
 from model.attention.spec import Where
 
 SCORES = 2**25  # of queries and blocks at once: 128 MiB
@@ -234,7 +236,8 @@ def _in_parts(scores, choose, q_BTNH: jax.Array, at: Where, Z: int) -> jax.Array
 
     args = jax.lax.stop_gradient(jax.tree.map(split, (q_BTNH, at)))
     chosen = jnp.moveaxis(jax.lax.map(part, args), 0, 1)
-    return chosen.reshape(B, parts * t, *chosen.shape[3:])[:, :T]
+    # A few numbers a query, of many scores: backward must not choose again.
+    return checkpoint_name(chosen.reshape(B, parts * t, *chosen.shape[3:])[:, :T], SAVED)
 
 
 def _take(p_BKZt: jax.Array, slot_BY: jax.Array) -> jax.Array:

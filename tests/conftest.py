@@ -30,6 +30,7 @@ NEED_TPU_COMPILER = [
     "test_train_aot.py",
     "test_infer_aot.py",
     "test_model_attention_splash_aot.py",
+    "test_model_attention_picked_aot.py",
 ]
 collect_ignore = [] if HAS_TPU_COMPILER else NEED_TPU_COMPILER
 

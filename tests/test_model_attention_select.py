@@ -17,9 +17,23 @@ from conftest import make_mesh
 from tolerances import assert_close
 
 from core import sharding
-from core.config import UserError
 from data import layout
-from model.attention import attend, chunked, kernels, nsa, pairs, select, spec
+from model.attention import (
+    attend,
+    chunked,
+    kernels,
+    local,
+    nsa,
+    pairs,
+    picked_call,
+    picked_steps,
+    picked_tpu,
+    select,
+    spec,
+    strategies,
+)
+from model.attention.blocks import Pair
+from model.attention.picked import Picked
 from model.attention.spec import AttentionSpec, Heads, Where
 from model.flops import keys_seen
 
@@ -31,6 +45,10 @@ NSA = spec.nsa(block=4, top=4, window=5, compress=4, step=2, softcap=3.0)
 WIDE = spec.nsa(block=6, top=4, window=3, compress=9, step=3)
 RESULTS = "out", "dq", "dk", "dv", "dgates", "dcompressors"
 
+# Chosen blocks by the kernels for TPUs, all else chunked.
+ON_TPU = types.ModuleType("on_tpu")
+ON_TPU.forward, ON_TPU.backward = chunked.forward, chunked.backward
+
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
@@ -40,6 +58,12 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(pairs, "TILE_ROWS", 8)
     monkeypatch.setattr(select, "CPU_SCORES", 3000)
     monkeypatch.setattr(layout, "TILE", 2)
+    monkeypatch.setattr(picked_tpu, "PART_FLOATS", 600)
+    monkeypatch.setattr(picked_steps, "RUNS", 8)
+    for name, size in dict(LANES=8, ALIGN=4, KEYS=3).items():
+        monkeypatch.setattr(picked_call, name, size)
+    monkeypatch.setitem(kernels.KERNELS, "on_tpu", ON_TPU)
+    monkeypatch.setitem(strategies.PICKED, ON_TPU, picked_tpu.PickedTpu)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,18 +88,22 @@ def over(spec: AttentionSpec, strategy: str, *sizes: int, ulysses: int = 1) -> H
 
 
 ALONE = [How(s, kernel) for s in (MOBA, NSA, WIDE) for kernel in ("reference", "chunked")]
+ALONE += [How(MOBA, "on_tpu"), How(NSA, "on_tpu")]
 SHARDED = [
     over(MOBA, "ring", 1, 4, 1),
     over(MOBA, "allgather", 1, 3, 1),
     over(MOBA, "ulysses", 1, 4, 1),
     over(NSA, "ring", 2, 2, 2),
     over(NSA, "allgather", 1, 8, 1),
+    How(MOBA, "on_tpu", "ring", (1, 2, 2)),
 ]
 MORE = [
     over(NSA, "ulysses", 1, 2, 1),
     over(NSA, "ring", 1, 4, 1, ulysses=2),
     over(WIDE, "ring", 1, 3, 1),
     over(MOBA, "ring", 1, 8, 1, ulysses=2),
+    How(NSA, "on_tpu", "allgather", (1, 3, 1)),
+    How(NSA, "on_tpu", "ulysses", (1, 2, 1)),
 ]
 LONG = [pytest.param(how, marks=pytest.mark.slow) for how in MORE]
 
@@ -203,39 +231,23 @@ def test_nothing_leaks(how):
     assert not changed.any()
 
 
+@pytest.mark.parametrize("strategy", list(strategies.STRATEGIES))
+def test_a_kernel_for_tpus_goes_to_chosen_blocks_in_its_own_way(strategy):
+    for what, kernel, way in (
+        (MOBA, "splash", picked_tpu.PickedTpu),
+        (NSA, "splash", picked_tpu.PickedTpu),
+        (NSA, "chunked", Picked),
+        (spec.full(), "splash", Pair),
+    ):
+        rules = sharding.training(strategy)
+        call = strategies.Call(kernels.KERNELS[kernel], what, rules, (1, LENGTH, N, H), K, 4)
+        assert type(call.pair) is way
+
+
 def test_moba_of_all_blocks_is_full_attention():
     everything = attended(How(spec.moba(block=4, top=LENGTH // 4)))
     for name, a, b in zip(RESULTS[:4], everything, attended(How(spec.full())), strict=False):
         assert_close(a, b, "attention", what=name)
-
-
-def test_slots_hold_every_whole_block_once():
-    draw = np.random.default_rng(0)
-    for size, step in ((4, 4), (4, 2), (9, 3), (1, 1)):
-        lengths = []
-        while sum(lengths) < 100:
-            lengths.append(int(draw.choice([1, 3, 4, 5, 9, 30])))
-        positions, segments = documents(lengths[:-1], length=120)
-        order = draw.permutation(120)
-        positions, segments = positions[:, order], segments[:, order]
-        found = select.slots(Where(jnp.asarray(positions), jnp.asarray(segments)), size, step, ())
-        assert found.segments_BZ.shape == (1, 120 // step)
-        blocks = zip(found.segments_BZ[0].tolist(), found.number_BZ[0].tolist(), strict=True)
-        expected = [
-            (segment, number)
-            for segment, length in enumerate(lengths[:-1], 1)
-            for number in range((length - size) // step + 1)
-        ]
-        assert sorted(b for b in blocks if b[0]) == expected
-        # Each token is in the slots of the blocks that hold it, and in no other.
-        for token in range(120):
-            place, segment = int(positions[0, token]), int(segments[0, token])
-            slots = [z for z in found.of_token_BTW[0, token].tolist() if z < 120 // step]
-            numbers = sorted(int(found.number_BZ[0, z]) for z in slots)
-            assert {int(found.segments_BZ[0, z]) for z in slots} <= {segment}
-            assert numbers == [
-                n for s, n in expected if s == segment and n * step <= place < n * step + size
-            ]
 
 
 @pytest.mark.parametrize("shards", [1, 4])
@@ -253,7 +265,8 @@ def test_work_grows_with_the_blocks_chosen(monkeypatch, shards):
         jax.debug.callback(one_more)
         return chunked.forward(*args, **how)
 
-    kernel = types.SimpleNamespace(forward=forward, backward=chunked.backward)
+    kernel = types.ModuleType("counted")
+    kernel.forward, kernel.backward = forward, chunked.backward
     monkeypatch.setitem(kernels.KERNELS, "counted", kernel)
     tiles = {}
     for length in (256, 512):
@@ -294,6 +307,37 @@ def test_memory_grows_with_the_length_not_its_square():
     assert temporary_bytes(16384) < 2.2 * temporary_bytes(8192)
 
 
+@pytest.mark.parametrize("how", [MOBA, NSA], ids=lambda how: how.kind)
+@pytest.mark.parametrize("kernel", ["chunked", "on_tpu"])
+def test_a_scan_over_layers_makes_no_masks_ahead_and_chooses_once(how, kernel):
+    """Partial evaluation takes what needs no layer out of the scan, of all parts at once; and
+    backward would choose again.
+    """
+    shards, layers, length = 4, 3, 4 * LENGTH
+    rules = sharding.training("ring", layout="zigzag")
+    place = rules("batch", "length", "act_heads", None)
+    weights, given = compressors(how), dict(kernel=kernel, rules=rules)
+
+    def layer(q, k, at):
+        if how.kind == "moba":
+            return attend.attend(q, k, k, at, how, **given)
+        compress = tuple(nsa.Compressor(*w) for w in weights)
+        return nsa.attention(q, k, k, jnp.ones((*q.shape[:3], 3)), compress, at, how, **given)
+
+    def total(q, k, at):
+        save = jax.checkpoint_policies.save_only_these_names(local.SAVED)
+        step = jax.checkpoint(lambda q, _: (layer(q, k, at), None), policy=save)
+        return jax.lax.scan(step, q, length=layers)[0].sum()
+
+    with jax.set_mesh(make_mesh((1, shards, 1))):
+        q, k = (jax.ShapeDtypeStruct((1, length, n, H), "float32", sharding=place) for n in (N, K))
+        at = jax.ShapeDtypeStruct((1, length), "int32", sharding=rules("batch", "length"))
+        traced = jax.make_jaxpr(jax.grad(total))(q, k, Where(at, at))
+    sizes = [v.aval.size for eqn in traced.eqns for v in eqn.outvars]
+    assert max(sizes) <= layers * q.size
+    assert str(traced).count(" top_k[") == 1
+
+
 @pytest.mark.parametrize("how", [MOBA, NSA, WIDE], ids=lambda how: how.kind)
 def test_keys_seen_are_those_of_the_equations(how):
     """A document of 40 tokens, one head: what each query attends to, counted."""
@@ -317,25 +361,6 @@ def test_keys_seen_are_those_of_the_equations(how):
     else:
         counted += np.array(seen[:80]).reshape(40, 2).sum(1) + seen[80:]
     np.testing.assert_array_equal(keys_seen(how, 40), counted)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        (dict(kind="moba", block=4), "kind='moba' with top=0: a top goes with"),
-        (dict(kind="full", top=3), "kind='full' with top=3: a top goes with kind='moba' or 'nsa'"),
-        (dict(kind="moba", block=4, top=2, step=2), "a step goes with kind='nsa'"),
-        (dict(kind="nsa", block=4, top=3, window=4, compress=4), "kind='nsa' with step=0"),
-        (dict(NSA.__dict__, compress=5), "compress=5: a multiple of step=2"),
-        (dict(NSA.__dict__, block=5), "block=5: a multiple of step=2"),
-        (dict(NSA.__dict__, top=2), "top is at least 3"),
-        (dict(NSA.__dict__, softcap=0.0, alibi=True), "neither sink_logit nor alibi"),
-        (dict(NSA.__dict__, sink_logit=True), "neither sink_logit nor alibi"),
-    ],
-)
-def test_fields_that_do_not_fit_are_refused(fields, message):
-    with pytest.raises(UserError, match=message):
-        AttentionSpec(**fields).check()
 
 
 def test_sinks_and_slopes_go_with_moba():

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from core.config import Unsupported
-from model.attention import gpu_tiles, tiles
+from model.attention import gpu_tiles, pallas, tiles
 from model.attention.spec import Where
 from model.attention.tiles import How
 
@@ -54,25 +54,19 @@ class Kernel(NamedTuple):
         R, C = _block(T, self.R, wide), _block(S, self.C, wide)
         q_at, k_at = (Where(*(_pad(x, n) for x in at)) for at, n in ((q_at, R), (k_at, C)))
         listed = tile_lists(how.mask, q_at, k_at, R, C, self.by_keys)
-        operands = tiles.vary_alike(
-            (
-                *(_pad(x, n) for x, n in ((q_BTNH, R), (k_BSKH, C), (v_BSKH, C))),
-                *(jnp.stack(at, 1) for at in (q_at, k_at)),
-                tiles.slopes(slope_N, N),
-                *listed,
-                *(_pad(x_BTN, R) for x_BTN in done_BTN),
-            )
-        )
-        run = functools.partial(self.run, how, R, C)
-        found = jax.lax.platform_dependent(
-            *operands,
-            cuda=functools.partial(run, False),
-            default=functools.partial(tiles.unchecked, functools.partial(run, True)),
+        found = pallas.call(
+            "cuda",
+            functools.partial(self.run, how, R, C),
+            *(_pad(x, n) for x, n in ((q_BTNH, R), (k_BSKH, C), (v_BSKH, C))),
+            *(jnp.stack(at, 1) for at in (q_at, k_at)),
+            tiles.slopes(slope_N, N),
+            *listed,
+            *(_pad(x_BTN, R) for x_BTN in done_BTN),
         )
         length = S if self.by_keys else T
         return tuple(x[:, :length, :, :H] if x.ndim == 4 else x[:, :length] for x in found)
 
-    def run(self, how: How, R: int, C: int, interpret: bool, *operands) -> tuple[jax.Array, ...]:
+    def run(self, how: How, R: int, C: int, *operands, interpret: bool) -> tuple[jax.Array, ...]:
         q_BTNH, k_BSKH, *_ = operands
         specs = by_keys if self.by_keys else by_queries
         grid, inputs, blocks = specs(q_BTNH.shape, k_BSKH.shape, R, C)

@@ -33,20 +33,19 @@ class Run(NamedTuple):
         last = jnp.full_like(segments[..., :1], size)
         return Run(segments, blocks, jnp.concatenate([end, last], -1))
 
-    def first(self, segments: jax.Array, blocks_: jax.Array) -> jax.Array:
+    def first(self, segment: jax.Array, block: jax.Array) -> jax.Array:
         """The first place, of those of one lane, that is not before (segment, block), for each."""
         size = self.end.size
 
         def step(i, low):
             probe = low + (1 << size.bit_length() - 1 - i)
             at = jnp.minimum(probe, size) - 1
-            is_before = (self.segments[at] < segments) | (
-                (self.segments[at] == segments) & (self.blocks[at] < blocks_)
+            is_before = (self.segments[at] < segment) | (
+                (self.segments[at] == segment) & (self.blocks[at] < block)
             )
             return jnp.where((probe <= size) & is_before, probe, low)
 
-        nowhere = blocks.vary(jnp.zeros_like(segments), self.end)
-        return jax.lax.fori_loop(0, size.bit_length(), step, nowhere)
+        return jax.lax.fori_loop(0, size.bit_length(), step, blocks.vary(segment * 0, self.end))
 
 
 class Pairs(NamedTuple):
@@ -71,21 +70,30 @@ class Pairs(NamedTuple):
         segments, numbers, queries = jax.lax.sort(tuple(in_lanes), num_keys=2)
         return Pairs(Run.of(segments, numbers), queries)
 
+    def alike(self, block: int, length: int) -> int:
+        """Pairs of a block, in a row of `length`, if all blocks have the same number."""
+        return -(-self.queries.shape[-1] * block // length)
+
+    def tile(self, block: int, length: int, G: int, least: int) -> int:
+        """Pairs of a tile: as many, within TILE_ROWS."""
+        power = 1 << (self.alike(block, length) - 1).bit_length()
+        return min(max(TILE_ROWS // G, 1), max(least, power))
+
 
 class Keys:
-    """Keys in order of (segment, position), with a block of padding behind them."""
+    """Keys in order of (segment, position), with padding behind them."""
 
-    def __init__(self, at: Where, block: int):
-        self.padding = block
+    def __init__(self, at: Where, block: int, padding: int):
+        self.padding = padding
         here_BS = jax.lax.broadcasted_iota(jnp.int32, at.segments_BT.shape, 1)
         segments_BS, positions_BS, self.order_BS = jax.lax.sort(
             (at.segments_BT, at.positions_BT, here_BS), num_keys=2
         )
-        self.at = Where(*(jnp.pad(x, ((0, 0), (0, block))) for x in (positions_BS, segments_BS)))
+        self.at = Where(*(jnp.pad(x, ((0, 0), (0, padding))) for x in (positions_BS, segments_BS)))
         self.runs = Run.of(segments_BS, positions_BS // block)
 
     def sort(self, x_BSKH: jax.Array) -> jax.Array:
-        """[B, K, S + block, H]."""
+        """[B, K, S + padding, H]."""
         x_BSKH = jnp.take_along_axis(x_BSKH, self.order_BS[..., None, None], axis=1)
         return jnp.pad(jnp.moveaxis(x_BSKH, 2, 1), ((0, 0), (0, 0), (0, self.padding), (0, 0)))
 
@@ -134,15 +142,9 @@ class Tile(NamedTuple):
         return jnp.where(self.inside_R, self.queries_R, beyond_R)
 
 
-def walk(pairs: Pairs, q_at: Where, keys: tuple[Run, Where], block: int, G: int, see, carry):
-    """see(tile, carry) for each tile of one lane; `q_at` [T] is where its queries are.
-
-    A tile has as many pairs as one block has if all have the same, within TILE_ROWS.
-    """
+def walk(pairs: Pairs, q_at: Where, keys: tuple[Run, Where], block: int, size: int, see, carry):
+    """see(tile, carry) for each tile of `size` pairs of one lane; `q_at` [T]: where queries are."""
     runs, k_at = keys
-    a_block = pairs.queries.size * block // runs.end.size
-    most = max(TILE_ROWS // G, 1)
-    size = min(most, max(16, 1 << max(a_block - 1, 0).bit_length()), pairs.queries.size)
 
     def tile(p, u) -> Tile:
         start = jnp.minimum(p, pairs.queries.size - size)  # the last one begins earlier

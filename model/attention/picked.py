@@ -11,7 +11,7 @@ the house under its own mask. The tokens may stand in any order, and a shard may
 block: what it lacks is merged by log-sum-exp, as other strategies do.
 
 M heads choose for themselves (K <= M <= N); the G = N / M query heads of one share its C blocks.
-A lane is a row and a head that chooses: X of them. A tile has R pairs.
+A lane (lanes.py) is a row and a head that chooses: X of them. A tile has R pairs.
 """
 
 import functools
@@ -22,7 +22,8 @@ import jax.numpy as jnp
 
 from model.attention import blocks
 from model.attention.blocks import Pair, Part
-from model.attention.pairs import Keys, Pairs, walk
+from model.attention.lanes import Lanes
+from model.attention.pairs import Keys, walk
 from model.attention.spec import Heads, Mask, Where
 
 
@@ -35,6 +36,7 @@ class Picked(NamedTuple):
 
     pair: Pair
     block: int
+    length: int  # of whole rows
 
     @property
     def mask(self) -> Mask:
@@ -42,13 +44,12 @@ class Picked(NamedTuple):
 
     def forward(self, q_BTNH, k_BSKH, v_BSKH, heads: Heads, q_at: Where, k_at: Where) -> Part:
         """(out [B, T, N, H], lse [B, T, N]) float32, as of `Pair`."""
-        lanes = _Lanes(q_BTNH, k_BSKH, heads.chosen)
-        keys = Keys(k_at, self.block)
+        lanes = Lanes(q_BTNH, k_BSKH, heads.chosen)
+        keys = Keys(k_at, self.block, padding=self.block)
         kv_BKSH = keys.sort(k_BSKH), keys.sort(v_BSKH)
         fresh = functools.partial(blocks.fresh, (q_BTNH, k_BSKH, v_BSKH, heads.chosen, q_at))
 
-        def lane(args):
-            row, kv_head, pairs, slope_G, q_TGH = args
+        def lane(row, kv_head, pairs, slope_G, q_TGH):
             kv_SH = [x[row, kv_head] for x in kv_BKSH]
 
             def see(tile, part):
@@ -65,15 +66,14 @@ class Picked(NamedTuple):
             nothing = [fresh(q_TGH.shape, 0.0), fresh(q_TGH.shape[:2], -jnp.inf)]
             return self._walk(pairs, q_at, keys, row, lanes.G, see, nothing)
 
-        parts = jax.lax.map(lane, lanes.of(heads.slope_N, q_BTNH))
-        return tuple(lanes.join(x_XTG) for x_XTG in parts)
+        return lanes.map(lane, heads.slope_N, q_BTNH)
 
     def backward(
         self, q_BTNH, k_BSKH, v_BSKH, heads: Heads, q_at: Where, k_at: Where, *done: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(dq, dk, dv) float32, as of `Pair`; `done` is (dout, lse, delta) of all keys."""
-        lanes = _Lanes(q_BTNH, k_BSKH, heads.chosen)
-        keys = Keys(k_at, self.block)
+        lanes = Lanes(q_BTNH, k_BSKH, heads.chosen)
+        keys = Keys(k_at, self.block, padding=self.block)
         kv_BKSH = keys.sort(k_BSKH), keys.sort(v_BSKH)
         fresh = functools.partial(
             blocks.fresh, (q_BTNH, k_BSKH, v_BSKH, heads.chosen, q_at, done[0])
@@ -106,32 +106,5 @@ class Picked(NamedTuple):
 
     def _walk(self, pairs, q_at, keys, row, G, see, carry):
         q_at = jax.tree.map(lambda x_BT: x_BT[row], q_at)
-        return walk(pairs, q_at, keys.of_row(row), self.block, G, see, carry)
-
-
-class _Lanes:
-    """How queries [B, T, N, ...] are cut into lanes [X, T, G, ...], and joined again."""
-
-    def __init__(self, q_BTNH: jax.Array, k_BSKH: jax.Array, pairs: Pairs):
-        self.B, _, N, _ = q_BTNH.shape
-        self.K, self.M = k_BSKH.shape[2], len(pairs.queries) // self.B
-        self.G, self.pairs = N // self.M, pairs
-
-    def of(self, slope_N: jax.Array | None, *xs_BTN: jax.Array):
-        """(row, kv head, pairs, slopes, queries ...) of each lane."""
-        row, head = jnp.indices((self.B, self.M), dtype=jnp.int32).reshape(2, -1)
-        slope_XG = None
-        if slope_N is not None:
-            slope_XG = jnp.tile(slope_N.reshape(self.M, self.G), (self.B, 1))
-        lanes = (self._split(x_BTN) for x_BTN in xs_BTN)
-        return row, head * self.K // self.M, self.pairs, slope_XG, *lanes
-
-    def _split(self, x_BTN: jax.Array) -> jax.Array:
-        B, T, _, *rest = x_BTN.shape
-        x_BMTG = jnp.moveaxis(x_BTN.reshape(B, T, self.M, self.G, *rest), 2, 1)
-        return x_BMTG.reshape(B * self.M, T, self.G, *rest)
-
-    def join(self, x_XTG: jax.Array) -> jax.Array:
-        _, T, _, *rest = x_XTG.shape
-        x_BTMG = jnp.moveaxis(x_XTG.reshape(self.B, self.M, T, self.G, *rest), 1, 2)
-        return x_BTMG.reshape(self.B, T, self.M * self.G, *rest)
+        size = min(pairs.tile(self.block, self.length, G, least=16), pairs.queries.size)
+        return walk(pairs, q_at, keys.of_row(row), self.block, size, see, carry)

@@ -54,14 +54,9 @@ def forward(
     most = min(splash_tiles.MAX_Y, MAX_TILES * C // (B * S_whole))
     U, T_whole = _parts(T, R, most, "keys")
     call = Call(How(mask, scale, softcap, slope_N is not None), N, K, H, R, C)
-    queries, keys, slope_N = tiles.vary_alike(
-        (
-            (_heads_first(q_BTNH, T_whole), _rows(q_at, T_whole)),
-            (*(_heads_first(x, S_whole) for x in (k_BSKH, v_BSKH)), _rows(k_at, S_whole)),
-            tiles.slopes(slope_N, N),
-        )
-    )
-    k_BKSH, v_BKSH, k_at_B8S = keys
+    queries = _heads_first(q_BTNH, T_whole), _rows(q_at, T_whole)
+    k_BKSH, v_BKSH = (_heads_first(x, S_whole) for x in (k_BSKH, v_BSKH))
+    k_at_B8S, slope_N = _rows(k_at, S_whole), tiles.slopes(slope_N, N)
     v_BKHS = v_BKSH.swapaxes(2, 3)
 
     def part(queries):
@@ -108,9 +103,7 @@ def backward(
         "delta_1R": _heads_first(delta_BTN[..., None], T_whole).swapaxes(2, 3),
     }
     keys = *(_heads_first(x, S_whole) for x in (k_BSKH, v_BSKH)), _rows(k_at, S_whole)
-    queries, q_at_B8T, keys, slope_N = tiles.vary_alike(
-        (queries, _rows(q_at, T_whole), keys, tiles.slopes(slope_N, N))
-    )
+    q_at_B8T, slope_N = _rows(q_at, T_whole), tiles.slopes(slope_N, N)
 
     def part(keys):
         k_BKSH, v_BKSH, k_at_B8S = keys

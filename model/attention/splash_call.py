@@ -3,8 +3,7 @@
     call = Call(How(mask, scale, 0.0, False), N=8, K=2, H=128, R=1024, C=512)
     out_BNHT, lse_BN1T = call(forward, slope_N, {"q_RH": q_BNTH, ...}, q_at, k_at, ("HR", "1R"))
 
-Letters as in splash.py. The call is chosen by the platform that a program is lowered for, so that
-a machine without TPUs can compile for them.
+Letters as in splash.py.
 """
 
 import functools
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from model.attention import blocks, splash_tiles, tiles
+from model.attention import blocks, pallas, splash_tiles, tiles
 from model.attention.spec import Mask, Where
 from model.attention.tiles import How
 
@@ -60,7 +59,7 @@ class Call(NamedTuple):
             rest = refs[len(arrays) :]
             body(tiles_W, slope_N, *rest, **inputs, how=self.how, num_tiles=W)
 
-        def run(*operands, interpret):
+        def run(count, *operands, interpret):
             vary = jax.typeof(operands[0]).manual_axis_type
             shape = functools.partial(
                 jax.ShapeDtypeStruct, dtype=jnp.float32, manual_axis_type=vary
@@ -69,7 +68,7 @@ class Call(NamedTuple):
                 kernel,
                 grid_spec=pltpu.PrefetchScalarGridSpec(
                     num_scalar_prefetch=2,
-                    grid=(B, self.K, self.N // self.K, operands[0]),
+                    grid=(B, self.K, self.N // self.K, count),
                     in_specs=[blocks_of[name.split("_")[-1]] for name in arrays],
                     out_specs=[blocks_of[name] for name in results],
                     scratch_shapes=[pltpu.VMEM((1, self.R), jnp.float32)] * num_rows,
@@ -82,16 +81,9 @@ class Call(NamedTuple):
                 interpret=interpret,
                 name=f"splash_{body.__name__}",
             )
-            return tuple(call(*operands[1:]))
+            return tuple(call(*operands))
 
-        return jax.lax.platform_dependent(
-            count,
-            tiles_BW.reshape(-1),
-            slope_N,
-            *arrays.values(),
-            tpu=functools.partial(run, interpret=False),
-            default=functools.partial(tiles.unchecked, functools.partial(run, interpret=True)),
-        )
+        return pallas.call("tpu", run, count, tiles_BW.reshape(-1), slope_N, *arrays.values())
 
     def cost(self, body, arrays, results, B: int, T: int, S: int) -> pl.CostEstimate:
         """As if every tile were visited; core/hlo.py reads it."""

@@ -15,13 +15,17 @@ import numpy as np
 from core import hardware
 from core.config import Unsupported
 from core.sharding import Rules
-from model.attention import cost, gather, local, ring, ulysses
+from model.attention import cost, gather, local, ring, splash, ulysses
 from model.attention.blocks import Pair, Part
 from model.attention.kernels import device_kind, kernel_of, log_once
 from model.attention.pairs import Pairs
 from model.attention.picked import Picked
+from model.attention.picked_tpu import PickedTpu
 from model.attention.spec import AttentionSpec
 from model.flops import keys_seen
+
+# Kernels that go to chosen blocks in a way of their own; to the others these are tiles.
+PICKED: dict[ModuleType, type] = {splash: PickedTpu}
 
 
 def _strategy(call: "Call") -> str:
@@ -75,9 +79,11 @@ class Call(NamedTuple):
         return STRATEGIES[_strategy(self)](self)
 
     @property
-    def pair(self) -> Pair | Picked:
+    def pair(self) -> Pair | Picked | PickedTpu:
         pair = Pair(self.kernel, self.spec.mask, self.q_shape[-1] ** -0.5, self.spec.softcap)
-        return Picked(pair, self.spec.block) if self.spec.top else pair
+        if not self.spec.top:
+            return pair
+        return PICKED.get(self.kernel, Picked)(pair, self.spec.block, self.q_shape[1])
 
     def once_sorted(self, way: "Way") -> "Way":
         """`way`, its queries' choices sorted before: once for all hops."""

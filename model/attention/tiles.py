@@ -1,4 +1,4 @@
-"""What the Pallas kernels share: which tiles count, the scores of one, and how they are called.
+"""What the Pallas kernels share: which tiles count, and the scores of one.
 
     meets_BYZ, whole_BYZ = met(mask, cut(q_at, R), cut(k_at, C))    # before the kernel, in XLA
     s_RC, tanh_RC = scores(how, s_RC, slope, q_at, k_at, masked)    # in the kernel
@@ -7,7 +7,6 @@ Beyond the letters of the repo: Y query blocks of R, Z key blocks of C.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -94,33 +93,3 @@ def slopes(slope_N: jax.Array | None, N: int) -> jax.Array:
 def base_2(lse_BTN: jax.Array) -> jax.Array:
     """For a backward pass. 2 ** (score - inf) is 0: nothing comes back to who saw nothing."""
     return jnp.where(jnp.isneginf(lse_BTN), jnp.inf, lse_BTN * LOG2_E)
-
-
-def vary_alike(tree):
-    """Its arrays, all varying over the mesh axes that any varies over (for shard_map)."""
-
-    def varying(x):
-        return jax.typeof(x).manual_axis_type.varying
-
-    every = frozenset().union(*map(varying, jax.tree.leaves(tree)))
-    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(every - varying(x)), to="varying"), tree)
-
-
-def unchecked(run: Callable, *operands: jax.Array) -> tuple[jax.Array, ...]:
-    """`run` inside a shard_map, but without its check of varying axes: interpretation fails it.
-
-    Its loops start from constants, which vary over no axis. With the check off a product forgets
-    what its operands vary over; the results are told again.
-    """
-    axes = tuple(jax.typeof(operands[0]).manual_axis_type.varying)
-    if not axes:
-        return run(*operands)
-
-    def forgetful(*operands):
-        return run(*(x * jnp.ones((), x.dtype) for x in operands))
-
-    spec = jax.P()
-    unchecked = jax.shard_map(
-        forgetful, in_specs=spec, out_specs=spec, axis_names=frozenset(), check_vma=False
-    )
-    return tuple(jax.lax.pcast(x, axes, to="varying") for x in unchecked(*operands))

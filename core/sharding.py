@@ -127,7 +127,7 @@ class Rules:
     act_mlp: MeshAxes = "model"
     act_vocab: MeshAxes = "model"
 
-    # How attention crosses `length`, and in which order its tokens stand (data/layout.py).
+    # How attention crosses `length`, and in which order its tokens stand (core/layout.py).
     strategy: Strategy = "auto"
     ulysses: int = 1
     both_ways: bool = False

@@ -53,7 +53,7 @@ def train_batches(
     """Endless Batches of numpy [batch_size / process_count, length]; each epoch in a new order.
 
     `batch_size` counts the rows of all processes. Index and count are JAX's own by default.
-    `order` is that of the tokens in each row (data/layout.py).
+    `order` is that of the tokens in each row (core/layout.py).
     """
     windows = Windows(store, length, order)
     index, count = _process(batch_size, process_index, process_count)
@@ -134,7 +134,7 @@ def validation_batches(
 ) -> Validation:
     """A sequence of Batches of numpy [batch_size / process_count, length], in order.
 
-    `order` is that of the tokens in each row (data/layout.py).
+    `order` is that of the tokens in each row (core/layout.py).
     """
     return Validation(
         store, batch_size, length, *_process(batch_size, process_index, process_count), order

@@ -7,7 +7,7 @@ Prefill and decode over a sharded length are in test_model_cache.py.
 import pytest
 from attention_runs import Run, assert_equal_to_one_device
 
-from data import layout
+from core import layout
 from model.attention import chunked, spec
 
 ONE, PACKED = ((48,),), ((7, 1, 28, 12),)

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import selection_oracle
 from attention_cases import documents
+from attention_runs import like
 from conftest import make_mesh
 from tolerances import assert_close
 
-from core import sharding
-from data import layout
+from core import layout, sharding
 from model.attention import (
     attend,
     chunked,
@@ -125,10 +125,9 @@ def compressors(how: AttentionSpec) -> list[list[np.ndarray]]:
 
 
 @functools.cache
-def program(how: How):
+def program(how: How, order: str):
     """run(q, k, v, dout, gates, weights, at) -> RESULTS, compiled, for numpy arguments."""
-    # Not "contiguous": there the ring of a window ends early. One program for all orders.
-    rules = sharding.training(how.strategy, how.ulysses, "zigzag")
+    rules = sharding.training(how.strategy, how.ulysses, order)
     given = dict(kernel=how.kernel, rules=rules)
 
     @jax.jit
@@ -159,7 +158,8 @@ def attended(how: How, order: str = "contiguous", arrays=None) -> tuple:
     places = layout.order(order, LENGTH, parts)
     rows = [*(arrays or inputs()[0]), *documents(*ROWS, length=LENGTH)]
     *arrays, positions, segments = (x[:, places] for x in rows)
-    *results, weights = program(how)(arrays, compressors(how.spec), (positions, segments))
+    run = program(how, like(order, LENGTH, parts, how.spec.window))
+    *results, weights = run(arrays, compressors(how.spec), (positions, segments))
     return *(x[:, np.argsort(places)] for x in results), weights
 
 

@@ -8,7 +8,7 @@ from attention_runs import Run, assert_equal_to_one_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import layout
+from core import layout
 from model.attention import chunked, pairs, spec, ulysses
 
 KINDS = st.one_of(

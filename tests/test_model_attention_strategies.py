@@ -16,15 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import Case, documents
+from attention_runs import like
 from conftest import make_mesh, small_tiles
 from tolerances import assert_close
 
-from core import sharding
+from core import layout, sharding
 from core.config import UserError
 from core.sharding import Layout
-from data import layout
-from model.attention import attend, chunked, kernels, reference, ring
-from model.attention.spec import AttentionSpec, Mask, Where, full, sliding
+from model.attention import attend, chunked, kernels, reference
+from model.attention.spec import AttentionSpec, Where, full, sliding
 
 LENGTH, H = 48, attention_cases.H
 ROWS = (LENGTH,), (7, 1, 20, 12), (), (16, 16, 16)  # one, packed and padded, padding alone, even
@@ -155,13 +155,13 @@ def program(how: How, order: str):
 
 def attended(how: How, order: str = "contiguous", arrays=None) -> list[np.ndarray]:
     """(out, dq, dk, dv) in the order of the documents, of tokens that stood in `order`."""
-    # A full mask makes one program for all orders.
-    same = order == "contiguous" or how.spec == "full"
     with jax.set_mesh(make_mesh(how.sizes)):
-        places = layout.order(order, LENGTH, how.rules(order).ring_size())
+        shards = how.rules(order).ring_size()
+    places = layout.order(order, LENGTH, shards)
+    same = like(order, LENGTH, shards, SPECS[how.spec].window)
     arrays = [*(arrays or inputs(how.heads, how.dtype)), *documents(*ROWS, length=LENGTH)]
     q, k, v, dout, *at = (x[:, places] for x in arrays)
-    results = program(how, "contiguous" if same else "zigzag")(q, k, v, dout, at)
+    results = program(how, same)(q, k, v, dout, at)
     return [x[:, np.argsort(places)] for x in results]
 
 
@@ -296,14 +296,6 @@ def test_hops_out_of_reach_run_no_kernel(monkeypatch, spec, order, lengths, runs
     assert counts == {"forward": runs + idle, "backward": runs + idle}
 
 
-def test_a_window_ends_the_round_early():
-    """Of 8 shards of 8 tokens, a window of 9 needs the one before, a window of 10 two."""
-    expected = {0: 8, 1: 1, 2: 2, 9: 2, 10: 3, 58: 8, 1000: 8}
-    assert {w: ring.hops(Mask(window=w), 8, 8, contiguous=True) for w in expected} == expected
-    assert ring.hops(Mask(window=9), 8, 8, contiguous=False) == 8
-    assert ring.hops(Mask(causal=False, window=9), 8, 8, contiguous=True) == 8
-
-
 def sends(spec: AttentionSpec, heads: tuple[int, int] = (8, 4), to: str = "", **rules) -> int:
     """How many sends stand in the program of forward and backward; `to` whom the first does."""
     gradient, arguments = call(sharding.training(**rules), spec, heads)
@@ -320,6 +312,8 @@ def test_the_last_hop_sends_nothing():
     with jax.set_mesh(make_mesh((1, 8, 1))):
         assert sends(sliding(9), strategy="ring") == 2 + 2 + 1 + 1
         assert sends(sliding(9), strategy="ring", both_ways=True) == 2 + 2 + 1 + 1
+        # Zigzag: the shards at both sides. Back to the later one, and its dK and dV home.
+        assert sends(sliding(2), strategy="ring", layout="zigzag") == (2 + 2 + 1 + 1) + (2 + 2 + 1)
         there, back = (sends(full(), to=to, strategy="ring", both_ways=True) for to in "17")
         assert there == back > 0
 

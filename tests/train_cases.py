@@ -17,10 +17,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from core import cli, sharding, tree
+from core import cli, layout, sharding, tree
 from core.config import Experiment, to_json
 from core.sharding import MeshConfig
-from data import layout
 from data.batch import Batch
 from data.config import DataConfig
 from model import transformer

@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from core import aot, backend, cli, hardware, hlo, sharding, tree
+from core import aot, backend, cli, hardware, hlo, layout, sharding, tree
 from core.checkpoint import write_text
 from core.config import Experiment
 from core.hardware import Chip
 from core.sharding import MeshConfig, Rules, make_mesh
-from data import layout
 from data.batch import Batch
 from model import transformer
 from model.config import ModelConfig

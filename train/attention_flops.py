@@ -14,7 +14,7 @@ def busiest_device(
 ) -> float:
     """FLOPs of one step on a mesh (data, seq, model), one document a row.
 
-    `order` is that of the tokens over the shards of the length (data/layout.py): in their own
+    `order` is that of the tokens over the shards of the length (core/layout.py): in their own
     order the last shard has twice the mean of a causal row. remat="full" computes the forward
     pass again; the others keep its output.
     """

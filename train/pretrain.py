@@ -17,11 +17,10 @@ from pathlib import Path
 
 import jax
 
-from core import cli, hardware, tree
+from core import cli, hardware, layout, tree
 from core.config import Experiment
 from core.metrics import MetricsWriter
 from core.sharding import MeshConfig, make_mesh
-from data import layout
 from data.config import DataConfig
 from data.loader import documents_of, rows_before, train_batches, validation_batches
 from data.store import TokenStore

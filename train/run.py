@@ -19,7 +19,7 @@ from core import checkpoint, sharding, tree
 from core.checkpoint import Bundle
 from core.config import Experiment, UserError, to_dict, to_json
 from core.sharding import Rules
-from data import layout
+from data import balance
 from data.store import TokenStore
 from data.tokenizer import Tokenizer
 from model import transformer
@@ -50,7 +50,7 @@ def start(experiment: Experiment, store: TokenStore) -> Run:
     config, workdir = experiment.train, Path(experiment.workdir)
     if not os.access(workdir, os.W_OK):  # the data is there, so the workdir is
         raise UserError(f"workdir={workdir} cannot be written: name another, or make it writable")
-    rules = choose_rules(experiment, lambda: layout.sample(store, config.length))
+    rules = choose_rules(experiment, lambda: balance.sample(store, config.length))
     abstract = transformer.abstract(experiment.model, rules)
     rule = optimizer.make(config, tree.named_leaves(abstract))
     if store.manifest["vocab_size"] > experiment.model.vocab_size:
@@ -95,7 +95,7 @@ def choose_rules(experiment: Experiment, segments: Callable[[], np.ndarray]) -> 
     chosen = mesh.layout
     if chosen == "auto":
         windows = [spec.mask.reach for spec in experiment.model.pattern]
-        chosen = layout.choose(segments(), rules, windows)
+        chosen = balance.choose(segments(), rules, windows)
     return dataclasses.replace(rules, layout=chosen)
 
 

@@ -4,13 +4,15 @@
     log-sum-exp in float32, and has already sent them on to device i + 1; both ways round, it holds
     half of those of shard i - h and half of those of i + h
 
+A window ends the round early; if it sees shards after the own, as in zigzag order, a second round
+goes back to them.
+
 One custom_vjp stands around the whole exchange: autodiff would keep the keys of every hop. The
 backward goes round again with the lse and delta of all hops; dK and dV travel with their keys.
 Memory is O(length / devices). Any number of shards and of heads will do.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -27,7 +29,8 @@ class Ring(NamedTuple):
     axes: tuple[str, ...]
     size: int
     stride: int
-    hops: int  # shards that a query may see, its own included
+    before: int  # shards that a query may see before its own
+    after: int = 0
     both_ways: bool = False
 
     def send(self, tree, places: int = 1):
@@ -48,29 +51,18 @@ class Ring(NamedTuple):
         pairs = [(i, (i + shift) % num_devices) for i in range(num_devices)]
         return jax.lax.ppermute(x, self.axes, pairs)
 
-    def go_round(self, hop, start):
-        """hop(carry, first=..., last=...) for each shard in reach; the ends stand apart.
+    def go_round(self, hop, start, hops: int):
+        """hop(carry, last=...) for so many shards; the ends stand apart.
 
         So the first needs nothing to add to and the last sends nothing. The kernel is compiled
         up to three times, whatever the size.
         """
-        if self.hops == 1:
-            return hop(start, first=True, last=True)
-
-        def between(_, carry):
-            return hop(carry, first=False, last=False)
-
-        carry = hop(start, first=True, last=False)
-        if self.hops > 2:
-            carry = jax.lax.fori_loop(1, self.hops - 1, between, carry)
-        return hop(carry, first=False, last=True)
-
-
-def hops(mask: Mask, size: int, tokens: int, contiguous: bool) -> int:
-    """Shards that a query may see: over shards of `tokens` in order a short reach ends early."""
-    if contiguous and mask.reach:
-        return min(size, 1 + math.ceil((mask.reach - 1) / tokens))
-    return size
+        if hops == 1:
+            return hop(start, last=True)
+        carry = hop(start, last=False)
+        if hops > 2:
+            carry = jax.lax.fori_loop(1, hops - 1, lambda _, carry: hop(carry, last=False), carry)
+        return hop(carry, last=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -107,20 +99,25 @@ def forward(
     """(out [B, T, N, H], lse [B, T, N]) float32 of the same; no sink is among the keys."""
     q_ends = blocks.ends_of_rows(q_at)
 
-    def hop(carry, *, first, last):
+    def hop(way, carry, *, last):
         (kv, at), part = carry
-        there = None if last else ring.send((kv, at))  # under way while the kernel runs
+        there = None if last else ring.send((kv, at), way)  # under way while the kernel runs
 
         def see():
             return pair.forward(q_BTNH, *kv, heads, q_at, Where(*at))
 
-        if first:
+        if part is None:
             return there, see()
         return there, jax.lax.cond(
             _in_reach(pair.mask, q_ends, at), lambda p: blocks.merge(p, see()), lambda p: p, part
         )
 
-    return ring.go_round(hop, (_pack(k_BTKH, v_BTKH, k_at), None))[1]
+    own = _pack(k_BTKH, v_BTKH, k_at)
+    _, part = ring.go_round(functools.partial(hop, 1), (own, None), 1 + ring.before)
+    if ring.after:
+        start = ring.send(own, -1), part
+        _, part = ring.go_round(functools.partial(hop, -1), start, ring.after)
+    return part
 
 
 def _forward(ring, pair, q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at):
@@ -134,16 +131,16 @@ def _backward(ring, pair, residuals, dout_BTNH):
     done = dout_BTNH, lse_BTN, blocks.delta(out_BTNH, dout_BTNH)
     q_ends = blocks.ends_of_rows(q_at)
 
-    def hop(carry, *, first, last):
-        (kv, at), gradients = carry
-        there = None if last else ring.send((kv, at))
+    def hop(way, carry, *, last):
+        (kv, at), dq_BTNH, dkv = carry
+        there = None if last else ring.send((kv, at), way)
 
         def see():
             dq_BTNH, *dkv = pair.backward(q_BTNH, *kv, heads, q_at, Where(*at), *done)
             return dq_BTNH, jnp.stack(dkv)
 
-        if first:
-            return there, see()
+        if dq_BTNH is None:
+            return there, *see()
 
         def add(dq_BTNH):
             more_BTNH, dkv = see()
@@ -154,13 +151,18 @@ def _backward(ring, pair, residuals, dout_BTNH):
 
         # dK and dV follow their keys one hop behind: they too are under way while the kernel
         # runs, so what it finds is added outside of it.
-        dq_BTNH, dkv = gradients
         dq_BTNH, here = jax.lax.cond(_in_reach(pair.mask, q_ends, at), add, skip, dq_BTNH)
-        return there, (dq_BTNH, ring.send(dkv) + here)
+        return there, dq_BTNH, here if dkv is None else ring.send(dkv, way) + here
 
-    _, (dq_BTNH, dkv) = ring.go_round(hop, (_pack(k_BTKH, v_BTKH, k_at), None))
-    # Complete: rounded to the dtype of K before the way home, from wherever the round ended.
-    dk_BTKH, dv_BTKH = ring.send(dkv.astype(k_BTKH.dtype), 1 - ring.hops)
+    own = _pack(k_BTKH, v_BTKH, k_at)
+    _, dq_BTNH, dkv = ring.go_round(functools.partial(hop, 1), (own, None, None), 1 + ring.before)
+    if ring.after:  # two rounds: they add up at home, in float32
+        start = ring.send(own, -1), dq_BTNH, None
+        _, dq_BTNH, more = ring.go_round(functools.partial(hop, -1), start, ring.after)
+        dkv = ring.send(dkv, -ring.before) + ring.send(more, ring.after)
+        dk_BTKH, dv_BTKH = dkv.astype(k_BTKH.dtype)
+    else:  # complete: rounded before the way home, from wherever the round ended
+        dk_BTKH, dv_BTKH = ring.send(dkv.astype(k_BTKH.dtype), -ring.before)
     dheads = blocks.sink_gradient(heads, *done[1:])
     return dq_BTNH.astype(q_BTNH.dtype), dk_BTKH, dv_BTKH, dheads, None, None
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from core import hardware
+from core import hardware, layout
 from core.config import Unsupported
 from core.sharding import Rules
 from model.attention import cost, gather, local, ring, splash, ulysses
@@ -95,15 +95,17 @@ class Call(NamedTuple):
         return Way(*(functools.partial(sorting, f) for f in way)) if self.spec.top else way
 
     @property
-    def hops(self) -> int:
-        size = self.rules.ring_size()
-        contiguous = self.rules.layout == "contiguous"
-        return ring.hops(self.spec.mask, size, self.q_shape[1] // size, contiguous)
+    def reach(self) -> tuple[int, int]:
+        """Shards before and after its own that a token may see; a ring is all before."""
+        size, window = self.rules.ring_size(), self.spec.mask.reach
+        if not window or self.rules.layout == "dealt":
+            return size - 1, 0
+        return layout.reach(self.rules.layout, self.q_shape[1], size, window)
 
     @property
-    def both_ways(self) -> bool:
-        """A round that ends early goes one way: what comes from the other is out of reach."""
-        return self.rules.both_ways and self.hops == self.rules.ring_size()
+    def ways(self) -> int:
+        """Round the ring; one that ends early has no other half to send."""
+        return 1 + (self.rules.both_ways and self.reach == (self.rules.ring_size() - 1, 0))
 
     def work(self) -> cost.Work:
         """One device's part, for the cost model; documents are taken to fill their rows."""
@@ -119,8 +121,8 @@ class Call(NamedTuple):
             H,
             self.itemsize,
             rows * tokens * float(keys_seen(self.spec, T).mean()),
-            self.hops,
-            1 + self.both_ways,
+            1 + sum(self.reach),
+            self.ways,
             rules.layout == "contiguous",
             not self.spec.mask.reach,
         )
@@ -149,8 +151,8 @@ def _allgather(call: Call) -> Way:
 
 def _ring(call: Call) -> Way:
     rules = call.rules
-    size = rules.ring_size()
-    places = ring.Ring(rules.axes("length"), size, rules.ulysses, call.hops, call.both_ways)
+    place = rules.axes("length"), rules.ring_size(), rules.ulysses
+    places = ring.Ring(*place, *call.reach, both_ways=call.ways == 2)
     way = Way(*(functools.partial(f, places, call.pair) for f in (ring.attention, ring.forward)))
     way = call.once_sorted(way)
     return way if rules.ulysses == 1 else _exchange(call, rules.ulysses, way)

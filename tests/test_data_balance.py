@@ -1,4 +1,4 @@
-"""Orders of the length are permutations, and the picked one keeps every shard of a ring busy."""
+"""The picked order of the length keeps every shard of a ring busy, and attention is the same."""
 
 import logging
 from typing import get_args
@@ -10,47 +10,14 @@ import pytest
 import test_data_loader
 from conftest import make_mesh
 
-from core import sharding
+from core import layout, sharding
 from core.sharding import Layout
-from data import layout, loader
+from data import balance, loader
 from model.attention import blocks
 from model.attention.spec import Mask, Where
 
 LAYOUTS = get_args(Layout)
 LENGTH, SHARDS = 32768, 8
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize(
-    ("length", "shards"), [(12, 1), (12, 2), (12, 3), (35, 5), (7, 7), (4096, 8), (3 * 514, 3)]
-)
-def test_orders_are_permutations_that_keep_shards_in_order(name, length, shards):
-    order = layout.order(name, length, shards)
-    np.testing.assert_array_equal(np.sort(order), np.arange(length))
-    assert (np.diff(order.reshape(shards, -1)) > 0).all()
-    if shards == 1 or name == "contiguous":
-        np.testing.assert_array_equal(order, np.arange(length))
-
-
-def test_orders_by_hand(monkeypatch):
-    monkeypatch.setattr(layout, "TILE", 2)
-
-    def shards(name, length, count):
-        return layout.order(name, length, count).reshape(count, -1).tolist()
-
-    assert shards("zigzag", 12, 3) == [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]
-    assert shards("zigzag", 9, 3) == [[0, 1, 8], [2, 3, 7], [4, 5, 6]]
-    assert shards("zigzag", 3, 3) == [[0], [1], [2]]
-    assert shards("striped", 12, 3) == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
-    assert shards("multizigzag", 12, 3) == [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]
-    assert shards("multizigzag", 12, 2) == [[0, 1, 6, 7, 8, 9], [2, 3, 4, 5, 10, 11]]
-    assert shards("striped", 9, 3) == [[0, 3, 6], [1, 4, 7], [2, 5, 8]], "3 has no divisor 2"
-
-
-def test_tiles_are_the_largest_divisor():
-    assert [layout.tile_size(shard) for shard in (1, 100, 128, 257, 4096, 384, 250)] == [
-        1, 100, 128, 1, 128, 128, 125,
-    ]  # fmt: skip
 
 
 def packed(median: int, rows: int = 64, length: int = LENGTH) -> np.ndarray:
@@ -93,7 +60,7 @@ def test_balance_counts_the_tiles_that_kernels_visit(name, shards, tile, windows
             by_hop = [[visits[i][i - hop] for i in range(shards)] for hop in range(shards)]
             worst = sum(map(max, by_hop)) if every_hop else max(map(sum, visits))
             paid += shards * worst * tile**2
-    found = layout.balance(segments, order, shards, tile, windows, every_hop)
+    found = balance.balance(segments, order, shards, tile, windows, every_hop)
     assert found == pytest.approx(seen / paid)
 
 
@@ -128,8 +95,8 @@ def ring(monkeypatch):
     ids=["one document", "S/8", "S/64"],
 )
 def test_auto_picks_a_balanced_layout(ring, segments, least, contiguous):
-    name = layout.choose(layout.sample(Stream(segments), LENGTH), ring, windows=(0,))
-    found = {n: layout.balance(segments, layout.order(n, LENGTH, SHARDS), SHARDS) for n in LAYOUTS}
+    name = balance.choose(balance.sample(Stream(segments), LENGTH), ring, windows=(0,))
+    found = {n: balance.balance(segments, layout.order(n, LENGTH, SHARDS), SHARDS) for n in LAYOUTS}
     assert found[name] >= least, found
     assert found["contiguous"] <= contiguous, found
 
@@ -138,7 +105,7 @@ def test_auto_leaves_windows_in_order_and_says_so(ring, caplog):
     """Halos of a short window cost the same everywhere: nothing is won by an exchange."""
     with caplog.at_level(logging.INFO, "cakrawala"):
         stream = Stream(np.ones((2, LENGTH), int))
-        assert layout.choose(layout.sample(stream, LENGTH), ring, windows=(1024,)) == "contiguous"
+        assert balance.choose(balance.sample(stream, LENGTH), ring, windows=(1024,)) == "contiguous"
     assert "mesh.layout=auto: contiguous; balance over 8 shards" in caplog.text
     assert "tiles of 128 tokens" in caplog.text
 
@@ -149,7 +116,7 @@ def test_auto_leaves_windows_in_order_and_says_so(ring, caplog):
 def test_whole_rows_stay_in_order(rules, caplog):
     sizes = (1, 1, 1) if rules.strategy == "auto" else (1, 8, 1)
     with jax.set_mesh(make_mesh(sizes)), caplog.at_level(logging.INFO, "cakrawala"):
-        assert layout.choose(packed(9, rows=1, length=96), rules, (0,)) == "contiguous"
+        assert balance.choose(packed(9, rows=1, length=96), rules, (0,)) == "contiguous"
     assert not caplog.text, "there was nothing to choose"
 
 

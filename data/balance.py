@@ -1,11 +1,7 @@
-"""The order of a row's tokens over the shards of its length, so that each has as much to do.
+"""Which order of a row's tokens keeps every shard of a ring busy, for the documents at hand.
 
-    order = layout.order("striped", length=32768, shards=8)     # tokens[order] goes to the mesh
-    balance(segments, order, shards=8)                          # 0.94: what the ring makes use of
-
-Attention is a function of positions, so any order gives the same numbers. `contiguous` leaves the
-last shards of a causal row with most of the work; `zigzag` pairs first with last, which is right
-for one document a row; the other two deal out tiles, which is right for packed documents too.
+balance(segments, layout.order("striped", 32768, 8), shards=8)    # 0.94: what the ring uses
+choose(segments, rules, windows=[0])                              # "striped"
 """
 
 import logging
@@ -14,42 +10,15 @@ from typing import get_args
 
 import numpy as np
 
+from core.layout import TILE, order, tile_size
 from core.sharding import Layout, Rules
 from data.batch import cut
 from data.store import TokenStore
 
 log = logging.getLogger("cakrawala")
 
-TILE = 128  # tokens: the smallest tile for which kernels decide whether to visit it
 SAMPLE = 16  # rows by which `auto` judges
-MARGIN = 1.05  # by which a permuted order must beat contiguous, where windows end a round early
-
-
-def order(layout: Layout, length: int, shards: int) -> np.ndarray:
-    """order[new place] = old place, int [length]; shards keep the order of their tokens.
-
-    Tiles have 128 tokens, or as many as the largest divisor of a shard below that.
-    """
-    place = np.arange(length)
-    size = length // shards
-    tile = tile_size(size)
-    if layout == "zigzag":  # 2P pieces: shard i has i and 2P - 1 - i, of an odd size the middle too
-        front = size - size // 2
-        behind = place - front * shards
-        owner = np.where(behind < 0, place // front, shards - 1 - behind // max(1, size - front))
-    elif layout == "striped":  # tile t to shard t mod P
-        owner = place // tile % shards
-    elif layout == "multizigzag":  # the same, but every other round of P tiles goes back
-        turn, owner = np.divmod(place // tile, shards)
-        owner = np.where(turn % 2, shards - 1 - owner, owner)
-    else:
-        owner = place // size
-    return np.argsort(owner, kind="stable")
-
-
-def tile_size(shard: int) -> int:
-    """The largest divisor of a shard's tokens up to TILE."""
-    return max(tile for tile in range(1, min(shard, TILE) + 1) if shard % tile == 0)
+MARGIN = 1.05  # by which a permuted order must beat contiguous, where windows cross fewer borders
 
 
 def balance(

@@ -180,6 +180,8 @@ class _Counter:
             return 2 * shapes[0].hbm_bytes
         if opcode == "dynamic-update-slice":
             return 2 * operands[1][0].bytes * operands[0][0].in_hbm
+        if opcode == "slice-start":  # a prefetch: (operand, slice, context)
+            return shapes[1].bytes * operands[0][0].in_hbm + shapes[1].hbm_bytes
         if opcode.endswith("-start"):
             shapes = shapes[:1]
         return sum(s.hbm_bytes for group in (*operands, shapes) for s in group)

@@ -17,6 +17,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from core import torus
 from core.config import Section, UserError, setting
 
 AXES = ("data", "seq", "model")
@@ -95,6 +96,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             devices,
             allow_split_physical_axes=True,
         )
+    # Neighbours on `seq` are neighbours on the torus of a TPU, for what goes round it.
+    if all(hasattr(device, "coords") for device in grid.flat):
+        places = [(*device.coords, device.core_on_chip) for device in grid[0, :, 0]]
+        grid = grid[:, torus.ring(places)]
     return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 

@@ -116,3 +116,12 @@ def test_a_kernel_counts_as_it_says():
     program = hlo.count(f"HloModule m\n\n{text}", "nowhere")
     assert (program.loop_flops, program.loop_bytes) == (640, 96)
     assert (program.flops, program.bytes) == (0, 0)
+
+
+def test_a_prefetch_of_a_slice_reads_the_slice():
+    """As TPUs write it: an eighth of 32 MiB to their vector memory."""
+    text = "HloModule m\n\nENTRY %main (p: s8[33554432]) -> s8[4194304] {\n"
+    text += "  %p = s8[33554432]{0} parameter(0)\n"
+    text += "  %s = ((s8[33554432]{0}), s8[4194304]{0:S(1)}, s32[]{:S(2)}) slice-start(%p), "
+    text += "slice={[0:4194304]}\n  ROOT %d = s8[4194304]{0:S(1)} slice-done(%s)\n}\n"
+    assert hlo.count(text, "nowhere").bytes == 4194304

@@ -73,12 +73,18 @@ def test_report_of_a_sharded_step(tmp_path, capsys, monkeypatch):
     assert text.read_text().startswith("HloModule")
 
 
-@pytest.mark.parametrize("kernel", ["chunked", "auto"])
-def test_the_ring_sends_while_the_kernel_works(tmp_path, capsys, monkeypatch, kernel):
-    """Between start and done of a send stands the conditional that holds the kernel."""
+@pytest.mark.parametrize(
+    ("kernel", "topology"), [("chunked", "v5e:2x2"), ("auto", "v5e:2x2"), ("chunked", "v5e:8x8")]
+)
+def test_the_ring_sends_while_the_kernel_works(tmp_path, capsys, monkeypatch, kernel, topology):
+    """Between start and done of a send stands the conditional that holds the kernel.
+
+    Of 64 chips only if the ring goes from neighbour to neighbour.
+    """
     text = tmp_path / "step.txt"
-    mesh, model = dict(data=1, seq=4, strategy="ring"), dict(attention_kernel=kernel)
-    aot = dict(topology="v5e:2x2", text=str(text))
+    mesh = dict(data=1, seq=-1, strategy="ring")
+    model = dict(attention_kernel=kernel, embed_dim=64)
+    aot = dict(topology=topology, text=str(text))
     case = experiment(tmp_path, aot, mesh, model, length=512)  # auto is splash from 128 a device on
     assert run(capsys, monkeypatch, case)[0] == 0
     report = json.loads((tmp_path / "aot.json").read_text())

@@ -1,28 +1,43 @@
-"""Attention beside the best of PyTorch and JAX: one row, 8 heads of 64, float32, causal, on a CPU.
+"""Attention beside the best of PyTorch and JAX: one causal row of 8 heads.
 
-    python -m bench.attention [--torch_python=PATH] [--rounds=5] [--lengths=2048,8192,32768]
+    python -m bench.attention [--on=cpu] [--torch_python=PATH] [--rounds=5] [--lengths=2048,8192]
 
-Ours are `chunked` and, over 4 simulated devices, `ring`; beside full attention also MoBA (4 blocks
+On a CPU heads of 64 in float32, on a GPU (--on=gpu) of 128 in bfloat16. Ours are the kernel for it
+(`chunked`, `gpu`) and, over 4 simulated devices, `ring`; beside full attention also MoBA (4 blocks
 of 512) and NSA (as in its paper), which see less. The peers are PyTorch's
 scaled_dot_product_attention and compiled flex_attention (`pip install torch`, here or in the
-environment of --torch_python) and jax.nn.dot_product_attention, whose scores fill memory beyond
-8K. All work in turns, each in a process of its own; medians count. GFLOP/s are of useful work:
-pairs that the mask allows, 2 products forward and 5 backward; for MoBA and NSA of the same pairs,
-which they need not compute: there the ratio says what is saved.
+environment of --torch_python) and jax.nn.dot_product_attention: on a GPU cuDNN's, on a CPU XLA's,
+whose scores fill memory beyond 8K. All work in turns, each in a process of its own; medians count.
+GFLOP/s are of useful work: pairs that the mask allows, 2 products forward and 5 backward; for MoBA
+and NSA of the same pairs, which they need not compute: there the ratio says what is saved.
 """
 
 import argparse
+import os
 import statistics
 import sys
+from typing import NamedTuple
 
 from bench.turns import Worker
 
-HEADS, WIDTH, WINDOW = 8, 64, 1024
+HEADS, WINDOW = 8, 1024
 DENSE_LIMIT = 8192  # the scores of 32K would be 34 GB
 
+
+class Machine(NamedTuple):
+    width: int  # of a head
+    dtype: str
+    kernel: str
+    lengths: str
+
+
+MACHINES = {
+    "cpu": Machine(64, "float32", "chunked", "2048,8192,32768"),
+    "gpu": Machine(128, "bfloat16", "gpu", "8192,32768,131072"),
+}
 # (row of the table, module of the worker, which of its implementations)
 IMPLEMENTATIONS = (
-    ("chunked", "bench.attention_ours", "chunked"),
+    ("ours", "bench.attention_ours", "ours"),
     ("ring x4", "bench.attention_ring", "ring"),
     ("moba", "bench.attention_ours", "moba"),
     ("nsa", "bench.attention_ours", "nsa"),
@@ -34,15 +49,19 @@ IMPLEMENTATIONS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--on", choices=MACHINES, default="cpu", help="what runs it")
     parser.add_argument("--torch_python", default=sys.executable, help="a Python that has torch")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each, after the first")
-    parser.add_argument("--lengths", default="2048,8192,32768", help="tokens, with commas")
+    parser.add_argument("--lengths", help="tokens, with commas; from 2K on, on a GPU from 8K on")
     args = parser.parse_args()
+    machine = MACHINES[args.on]
+    if args.on == "gpu":  # JAX would take three quarters of the memory that the others need too
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     pythons = {"bench.attention_torch": args.torch_python}
-    for length in map(int, args.lengths.split(",")):
+    for length in map(int, (args.lengths or machine.lengths).split(",")):
         for window in (0, WINDOW):
             for backward in (False, True):
-                task = dict(length=length, window=window, backward=backward)
+                task = dict(on=args.on, length=length, window=window, backward=backward)
                 # Fresh processes for each task: peak memory is then of this task alone.
                 workers = {
                     name: (Worker(pythons.get(module, sys.executable), module), implementation)
@@ -54,12 +73,14 @@ def main() -> None:
                     worker.close()
 
 
-def can(implementation: str, length: int, window: int, backward: bool) -> bool:
+def can(implementation: str, on: str, length: int, window: int, backward: bool) -> bool:
     """Whether a peer has this case, and whether it fits."""
+    if implementation == "ring":  # of simulated devices
+        return on == "cpu"
     if implementation == "jax":
-        return length <= DENSE_LIMIT and not window
-    if implementation == "flex":
-        return bool(window) and not backward  # its CPU backward raises NotImplementedError
+        return on == "gpu" or (length <= DENSE_LIMIT and not window)
+    if implementation == "flex":  # its CPU backward raises NotImplementedError
+        return bool(window) and (on == "gpu" or not backward)
     if implementation in ("sdpa", "moba", "nsa"):
         return not window  # for sdpa only a dense mask would do
     return True
@@ -76,24 +97,24 @@ def measure(workers: dict, task: dict, rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def useful_flops(length: int, window: int, backward: bool) -> float:
+def useful_flops(on: str, length: int, window: int, backward: bool) -> float:
     """4 H a pair and head forward, 10 H more backward (Dao et al., 2022)."""
     reach = min(window or length, length)
     pairs = reach * (reach + 1) / 2 + (length - reach) * reach
-    return HEADS * WIDTH * pairs * (14 if backward else 4)
+    return HEADS * MACHINES[on].width * pairs * (14 if backward else 4)
 
 
 def show(task: dict, seconds: dict[str, list[float]], workers: dict) -> None:
-    """One line an implementation, on stdout; ratios are of speed, to `chunked`."""
+    """One line an implementation, on stdout; ratios are of speed, to ours."""
     what = f"window {task['window']}" if task["window"] else "causal"
     print(f"{task['length']} tokens, {what}, forward{' + backward' * task['backward']}")
-    ours = statistics.median(seconds["chunked"])
+    ours = statistics.median(seconds["ours"])
     for name, s in seconds.items():
         median, peak = statistics.median(s), workers[name][0].last["peak_bytes"]
         print(
             f"  {name:>10}: {median * 1e3:8.1f} ms ({min(s) * 1e3:.1f} to {max(s) * 1e3:.1f})  "
             f"{useful_flops(**task) / median / 1e9:6.1f} GFLOP/s  {peak / 2**20:6.0f} MiB  "
-            f"chunked is {median / ours:.2f}x",
+            f"ours is {median / ours:.2f}x",
             flush=True,
         )
 

@@ -1,4 +1,4 @@
-"""Worker of bench.attention: `chunked`, MoBA, NSA, and jax.nn.dot_product_attention."""
+"""Worker of bench.attention: our kernel, MoBA, NSA, and jax.nn.dot_product_attention."""
 
 import functools
 from collections.abc import Callable
@@ -16,42 +16,50 @@ from model.attention.attend import attend
 from model.attention.spec import Where
 
 
-def ours(implementation: str, window: int, at: Where, *qkv: jax.Array) -> jax.Array:
+def ours(implementation: str, kernel: str, window: int, at: Where, *qkv: jax.Array) -> jax.Array:
     """`attend`, or native sparse attention, as a layer calls it."""
-    how = dict(kernel="chunked", rules=training("ring" if implementation == "ring" else "local"))
+    how = dict(kernel=kernel, rules=training("ring" if implementation == "ring" else "local"))
     if implementation == "nsa":
         gates_BTN3 = jnp.full_like(qkv[0][..., :3], 1 / 3)
-        return nsa.attention(*qkv, gates_BTN3, compressors(), at, spec.nsa(), **how)
+        weights = compressors(qkv[0].shape[-1])
+        return nsa.attention(*qkv, gates_BTN3, weights, at, spec.nsa(), **how)
     if implementation == "moba":
         return attend(*qkv, at, spec.moba(512, 4), **how)
     return attend(*qkv, at, spec.sliding(window) if window else spec.full(), **how)
 
 
-def compressors() -> tuple[nsa.Compressor, nsa.Compressor]:
+def compressors(width: int) -> tuple[nsa.Compressor, nsa.Compressor]:
     """Of K and of V, as good as untrained."""
-    places, square = jnp.zeros((spec.nsa().compress, bench.WIDTH)), jnp.eye(bench.WIDTH) / 8
+    places, square = jnp.zeros((spec.nsa().compress, width)), jnp.eye(width) / 8
     return (nsa.Compressor(places, square, square),) * 2
 
 
-def theirs(*qkv: jax.Array) -> jax.Array:
+def theirs(on: str, window: int, *qkv: jax.Array) -> jax.Array:
     """On the one device of the mesh, whose axes it does not know."""
     place = training()("batch", "length", "act_heads", None)
-    attention = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+    how = dict(local_window_size=(window - 1, 0)) if window else {}
+    if on == "gpu":
+        how["implementation"] = "cudnn"
+    attention = functools.partial(jax.nn.dot_product_attention, is_causal=True, **how)
     return jax.shard_map(attention, in_specs=(place,) * 3, out_specs=place)(*qkv)
 
 
 @functools.cache
-def program(implementation: str, length: int, window: int, backward: bool) -> Callable[[], Any]:
+def program(
+    implementation: str, on: str, length: int, window: int, backward: bool
+) -> Callable[[], Any]:
     """A call that runs one case on arrays that are there already, to its end."""
-    place = training()("batch", "length", "act_heads", None)
-    shape = (1, length, bench.HEADS, bench.WIDTH)
+    place, machine = training()("batch", "length", "act_heads", None), bench.MACHINES[on]
+    shape = (1, length, bench.HEADS, machine.width)
     q, k, v, dout = (
-        jax.device_put(jax.random.normal(jax.random.key(i), shape), place) for i in range(4)
+        jax.device_put(jax.random.normal(jax.random.key(i), shape, machine.dtype), place)
+        for i in range(4)
     )
     at = Where(jnp.arange(length, dtype=jnp.int32)[None], jnp.ones((1, length), jnp.int32))
     at = jax.device_put(at, training()("batch", "length"))
-    mine = functools.partial(ours, implementation, window, at)
-    attention = theirs if implementation == "jax" else mine
+    attention = functools.partial(ours, implementation, machine.kernel, window, at)
+    if implementation == "jax":
+        attention = functools.partial(theirs, on, window)
 
     def run(q, k, v, dout):
         if not backward:

@@ -11,17 +11,21 @@ from bench import turns
 
 
 @functools.cache
-def program(implementation: str, length: int, window: int, backward: bool) -> Callable[[], None]:
-    """A call that runs one case."""
-    shape = (1, bench.HEADS, length, bench.WIDTH)
-    q, k, v = (torch.randn(shape, requires_grad=backward) for _ in range(3))
-    dout = torch.randn(shape)
+def program(
+    implementation: str, on: str, length: int, window: int, backward: bool
+) -> Callable[[], None]:
+    """A call that runs one case, to its end."""
+    machine, device = bench.MACHINES[on], "cuda" if on == "gpu" else "cpu"
+    shape = (1, bench.HEADS, length, machine.width)
+    new = functools.partial(torch.randn, shape, dtype=getattr(torch, machine.dtype), device=device)
+    q, k, v = (new(requires_grad=backward) for _ in range(3))
+    dout = new()
     if implementation == "flex":
 
         def seen(batch, head, query, key):
             return (query >= key) & (query - key < window)
 
-        mask = flex.create_block_mask(seen, None, None, length, length, device="cpu")
+        mask = flex.create_block_mask(seen, None, None, length, length, device=device)
         compiled = torch.compile(flex.flex_attention)
         attention = functools.partial(compiled, block_mask=mask)
     else:
@@ -34,6 +38,8 @@ def program(implementation: str, length: int, window: int, backward: bool) -> Ca
             out = attention(q, k, v)
         if backward:
             torch.autograd.grad(out, (q, k, v), dout)
+        if on == "gpu":
+            torch.cuda.synchronize()
 
     return run
 

@@ -205,6 +205,31 @@ def test_tiles_out_of_reach_are_never_touched(kernel):
     assert is_finite(dk, 5 * BLOCK), "tiles of earlier queries are visited"
 
 
+def test_the_log_sum_exp_has_a_gradient():
+    """That of the softmax, and of the sink; autodiff of the dense formula is the other side."""
+    draw, T, N, H = np.random.default_rng(0), 20, 4, 8
+    q, k, v, weight = (jnp.asarray(draw.standard_normal((1, T, N, H)), "float32") for _ in "qkvw")
+    sink_N = jnp.linspace(-1.0, 1.0, N)
+    at = Where(*(jnp.asarray(x) for x in documents((T,), length=T)))
+
+    def ours(q, k, v, sink_N):
+        pair = Pair(chunked, Mask(), H**-0.5, 0.0)
+        out, lse = local.with_lse(pair, q, k, v, Heads(sink_N), at, at)
+        return (out * weight).sum() + jnp.sin(lse).sum()
+
+    def dense(q, k, v, sink_N):
+        s_NTS = jnp.einsum("BTNH,BSNH->NTS", q, k) * H**-0.5
+        s_NTS = jnp.where(jnp.tri(T, dtype=bool), s_NTS, -jnp.inf)
+        sink_NT1 = jnp.broadcast_to(sink_N[:, None, None], (N, T, 1))
+        lse_NT1 = jax.nn.logsumexp(jnp.concatenate([s_NTS, sink_NT1], 2), axis=2, keepdims=True)
+        out = jnp.einsum("NTS,BSNH->BTNH", jnp.exp(s_NTS - lse_NT1), v)
+        return (out * weight).sum() + jnp.sin(lse_NT1).sum()
+
+    actual, expected = (jax.grad(f, (0, 1, 2, 3))(q, k, v, sink_N) for f in (ours, dense))
+    for name, a, b in zip(("dq", "dk", "dv", "dsink"), actual, expected, strict=True):
+        assert_close(a, b, "attention", what=name)
+
+
 def test_chunked_memory_grows_with_the_length_not_its_square():
     def loss(q, k, v, at):
         return local.attention(Pair(chunked, Mask(), 1.0, 0.0), q, k, v, Heads(), at, at).sum()

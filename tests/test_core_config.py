@@ -272,7 +272,7 @@ def test_literals(text, current, value):
             ["--config={file}", "--config.model.embed_dim.size=3"],
             "model.embed_dim has no fields of its own",
         ),
-        (["--config={file}", "--config.mesh=3"], "mesh is a section: set one of data, layout"),
+        (["--config={file}", "--config.mesh=3"], "mesh is a section: set one of both_ways, data"),
         (["--config={file}"], "{file} has no section 'data': this command needs DataConfig"),
     ],
 )

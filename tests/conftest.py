@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import re
 import sys
 
 import jax
@@ -12,6 +13,7 @@ import train_cases
 from absl import flags
 
 from core import backend, sharding
+from core.aot import compile_for
 from data import prepare
 from model.attention import gpu_call, splash
 from train import pretrain
@@ -51,6 +53,14 @@ def small_tiles(monkeypatch, size):
     for name in ("FORWARD", "BACKWARD_QUERIES", "BACKWARD_KEYS"):
         kernel = getattr(gpu_call, name)._replace(R=size, C=size)
         monkeypatch.setattr(gpu_call, name, kernel)
+
+
+def tpu_kernels(traced, prefix):
+    """Names of our Pallas kernels in a program, as the compiler for TPUs makes it."""
+    compiled = compile_for(traced.lower(lowering_platforms=("tpu",)))
+    assert not compiled.refused
+    named = rf'%({prefix}_\w+?)[.\d]* = .*custom_call_target="tpu_custom_call"'
+    return sorted(re.findall(named, compiled.text))
 
 
 @pytest.fixture

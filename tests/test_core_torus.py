@@ -5,8 +5,6 @@ import itertools
 import numpy as np
 import pytest
 
-from core.aot import slice_devices
-from core.sharding import MeshConfig, make_mesh
 from core.torus import ring
 
 
@@ -41,16 +39,3 @@ def test_odd_sides_are_a_path():
 def test_lines_and_what_is_no_box_stay():
     line, corner = [(i, 0) for i in range(8)], [(0, 0), (0, 1), (1, 0)]
     assert ring(line) == list(range(8)) and ring(corner) == [0, 1, 2]
-
-
-@pytest.mark.usefixtures("compile_only")
-@pytest.mark.parametrize(
-    ("topology", "seq", "model"),
-    [("v5e:16x16", 256, 1), ("v5p:4x4x8", 128, 1), ("v5p:4x4x8", 32, 2), ("tpu7x:2x2x2", 16, 1)],
-)
-def test_the_ring_of_a_mesh(topology, seq, model):
-    mesh = make_mesh(MeshConfig(seq=seq, model=model), slice_devices(topology))
-    assert len({(*d.coords, d.core_on_chip) for d in mesh.devices.flat}) == mesh.devices.size
-    for devices in np.moveaxis(mesh.devices, 1, 2).reshape(-1, seq):
-        places = [(*d.coords, d.core_on_chip) for d in devices]
-        assert (steps(places, range(seq)) == 1).all()

@@ -1,12 +1,11 @@
 """The kernels for chosen blocks through the compiler of TPUs that are not there."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import tpu_kernels
 
-from core.aot import compile_for, slice_devices
+from core.aot import slice_devices
 from core.sharding import MeshConfig, make_mesh
 from model.attention import reference
 from model.attention.blocks import Pair
@@ -42,10 +41,7 @@ def kernels(topology, M, K, block, softcap=0.0, alibi=False, T=256, H=128, dtype
         lse = shaped((1, T, 4), jnp.float32)
         run = jax.shard_map(both, in_specs=jax.P(), out_specs=jax.P())
         traced = jax.jit(run).trace(q, k, k, heads, at, q, lse, lse)
-        compiled = compile_for(traced.lower(lowering_platforms=("tpu",)))
-    assert not compiled.refused
-    named = r'%(picked_\w+?)[.\d]* = .*custom_call_target="tpu_custom_call"'
-    return sorted(re.findall(named, compiled.text))
+        return tpu_kernels(traced, "picked")
 
 
 BOTH = ["picked_backward", "picked_forward"]

@@ -1,12 +1,11 @@
 """splash through the compiler of TPUs that are not there: every kind, width and strategy."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import tpu_kernels
 
-from core.aot import compile_for, slice_devices
+from core.aot import slice_devices
 from core.sharding import MeshConfig, make_mesh, training
 from model.attention import attend
 from model.attention.spec import (
@@ -47,10 +46,7 @@ def kernels(topology, spec, T, H=128, dtype="bfloat16", mesh=(1, 1, 1), strategy
             return result, pull(dout)
 
         traced = jax.jit(run).trace(q, k, k, q, at, Heads(None, slope))
-        compiled = compile_for(traced.lower(lowering_platforms=("tpu",)))
-    assert not compiled.refused
-    named = r'%(splash_\w+?)[.\d]* = .*custom_call_target="tpu_custom_call"'
-    return sorted(re.findall(named, compiled.text))
+        return tpu_kernels(traced, "splash")
 
 
 BOTH = ["splash_backward", "splash_forward"]

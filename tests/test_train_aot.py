@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 import train_cases
 from train_cases import command
@@ -115,6 +116,20 @@ def test_the_ring_sends_while_the_kernel_works(tmp_path, capsys, monkeypatch, ke
     kernels = re.findall(r"%(splash_\w+?)[.\d]* = .* custom-call\(", text.read_text())
     # First hop, those between, last hop: rematerialisation redoes no kernel.
     assert collections.Counter(kernels) == dict.fromkeys(both, 3)
+
+
+@pytest.mark.parametrize(
+    ("topology", "seq", "model"),
+    [("v5e:16x16", 256, 1), ("v5p:4x4x8", 128, 1), ("v5p:4x4x8", 32, 2), ("tpu7x:2x2x2", 16, 1)],
+)
+def test_neighbours_on_the_mesh_are_neighbours_on_the_torus(topology, seq, model):
+    mesh = make_mesh(MeshConfig(seq=seq, model=model), slice_devices(topology))
+    places = np.array(
+        [[(*d.coords, d.core_on_chip) for d in row] for row in mesh.devices.reshape(-1, model)]
+    )
+    assert len(np.unique(places.reshape(mesh.devices.size, -1), axis=0)) == mesh.devices.size
+    rings = places.reshape(-1, seq, model, places.shape[-1])
+    assert (np.abs(np.roll(rings, -1, axis=1) - rings).sum(-1) == 1).all()
 
 
 def test_flops_are_those_of_the_formula(tmp_path):

@@ -71,17 +71,12 @@ class Kernel(NamedTuple):
         specs = by_keys if self.by_keys else by_queries
         grid, inputs, blocks = specs(q_BTNH.shape, k_BSKH.shape, R, C)
         shapes = {"RH": q_BTNH.shape, "R": q_BTNH.shape[:3], "CH": k_BSKH.shape}
-        shape = functools.partial(
-            jax.ShapeDtypeStruct,
-            dtype=jnp.float32,
-            manual_axis_type=jax.typeof(q_BTNH).manual_axis_type,
-        )
         call = pl.pallas_call(
             functools.partial(self.body, how=how, R=R, C=C),
             grid=grid,
             in_specs=[blocks[name] for name in inputs[: len(operands)]],
             out_specs=[blocks[name] for name in self.results],
-            out_shape=[shape(shapes[name]) for name in self.results],
+            out_shape=[pallas.result(shapes[name], q_BTNH) for name in self.results],
             compiler_params=plgpu.CompilerParams(
                 num_warps=self.num_warps, num_stages=self.num_stages
             ),

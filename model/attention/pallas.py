@@ -23,6 +23,12 @@ def call(platform: str, run: Callable, *operands: jax.Array) -> tuple[jax.Array,
     )
 
 
+def result(shape: tuple[int, ...], like: jax.Array) -> jax.ShapeDtypeStruct:
+    """A float32 result of a kernel; it varies as the operand `like` does."""
+    vary = jax.typeof(like).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=vary)
+
+
 def _vary_alike(operands: tuple[jax.Array, ...]) -> list[jax.Array]:
     """Each, varying over the mesh axes that any of them varies over."""
     every = frozenset().union(*map(_varying, operands))

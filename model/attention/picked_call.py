@@ -7,7 +7,6 @@ Letters as in picked_tpu.py and picked_kernel.py. Keys stand in groups of A, so 
 begin at any group: the last two dims of an array in HBM can be cut only where its tiles are.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -87,10 +86,6 @@ class Call(NamedTuple):
         scratch = self.scratch(body, H)
 
         def run(count, *operands, interpret):
-            vary = jax.typeof(operands[0]).manual_axis_type
-            shape = functools.partial(
-                jax.ShapeDtypeStruct, dtype=jnp.float32, manual_axis_type=vary
-            )
             blocks = self.blocks(H)
             in_blocks = [blocks[name.split("_")[-1]] for name in arrays]
             whole = [pl.BlockSpec(memory_space=pl.ANY)] * len(totals)
@@ -105,8 +100,10 @@ class Call(NamedTuple):
                     out_specs=[blocks[name] for name in results] + whole,
                     scratch_shapes=list(scratch.values()),
                 ),
-                out_shape=[shape(shapes[name]) for name in results]
-                + [shape(x.shape) for x in totals],
+                out_shape=[
+                    pallas.result(shape, operands[0])
+                    for shape in [*(shapes[name] for name in results), *(x.shape for x in totals)]
+                ],
                 input_output_aliases={first + i: len(results) + i for i in range(len(totals))},
                 compiler_params=pltpu.CompilerParams(
                     dimension_semantics=("arbitrary",), vmem_limit_bytes=self.memory(body, arrays)

@@ -6,7 +6,6 @@
 Letters as in splash.py.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -60,10 +59,6 @@ class Call(NamedTuple):
             body(tiles_W, slope_N, *rest, **inputs, how=self.how, num_tiles=W)
 
         def run(count, *operands, interpret):
-            vary = jax.typeof(operands[0]).manual_axis_type
-            shape = functools.partial(
-                jax.ShapeDtypeStruct, dtype=jnp.float32, manual_axis_type=vary
-            )
             call = pl.pallas_call(
                 kernel,
                 grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -73,7 +68,7 @@ class Call(NamedTuple):
                     out_specs=[blocks_of[name] for name in results],
                     scratch_shapes=[pltpu.VMEM((1, self.R), jnp.float32)] * num_rows,
                 ),
-                out_shape=[shape(shapes[name]) for name in results],
+                out_shape=[pallas.result(shapes[name], operands[0]) for name in results],
                 compiler_params=pltpu.CompilerParams(
                     dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")
                 ),

@@ -10,7 +10,16 @@ from setuptools import setup
 
 # The libtpu that this jaxlib can read the programs of; it compiles for TPUs without one.
 TPU_COMPILER = ["jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"]
-PACKAGES = ["configs", "core", "data", "infer", "model", "model.attention", "train"]
+PACKAGES = [
+    "configs",
+    "core",
+    "data",
+    "infer",
+    "model",
+    "model.attention",
+    "model.families",
+    "train",
+]
 
 setup(
     name="cakrawala",

@@ -18,6 +18,7 @@ from data.config import DataConfig
 from infer.config import BenchConfig, DecodeConfig, ScoreConfig
 from model.attention.spec import full, nsa, sliding
 from model.config import ModelConfig
+from model.rope import Rope
 from train.config import AotConfig, TrainConfig
 
 TOKENS = 2**20  # of a step
@@ -29,7 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
     `:LENGTH-sliding` has windows of 4096 beside full, `:LENGTH-nsa` native sparse attention.
     """
     digits, _, variant = arg.partition("-")
-    rope = dict(rope_base=500_000.0)
+    rope = dict(rope=Rope(500_000.0))
     window = sliding(4096, **rope)
     patterns = {
         "": (full(**rope),),

@@ -17,6 +17,7 @@ from data.config import DataConfig
 from infer.config import BenchConfig, DecodeConfig, ScoreConfig
 from model.attention.spec import full, sliding
 from model.config import ModelConfig
+from model.rope import Rope
 from train.config import TrainConfig
 
 
@@ -35,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 num_kv_heads=1,
                 head_dim=64,
                 mlp_dim=352,
-                pattern=(sliding(128), sliding(128), sliding(128), full(rope_base=100_000.0)),
+                pattern=(sliding(128), sliding(128), sliding(128), full(rope=Rope(100_000.0))),
                 dtype="float32",  # CPUs multiply it faster than bfloat16
             ),
             mesh=MeshConfig(),

@@ -30,6 +30,7 @@ class Plan(NamedTuple):
     batch: int  # rows, a multiple of mesh.data
     length: int  # tokens a row, prompt and new ones
     chunk: int  # tokens a row in one prefill step, a multiple of mesh.seq
+    new: int = 0  # tokens of `length` that come after the prompt
 
     @classmethod
     def of(cls, rows: int, prompt: int, new: int, chunk: int) -> "Plan":
@@ -42,7 +43,7 @@ class Plan(NamedTuple):
             math.ceil(size / rules.size(name)) * rules.size(name)
             for size, name in ((rows, "batch"), (min(chunk, shortest), "length"))
         )
-        return cls(batch, prompt + new, chunk)
+        return cls(batch, prompt + new, chunk, new)
 
 
 def _keys(seed: jax.Array, sample_B: jax.Array) -> jax.Array:
@@ -109,8 +110,9 @@ class Engine:
     ) -> Prefilled:
         """The tokens `first` and later of at most `plan.batch` rows, in chunks, after `now`."""
         now = self.empty() if now is None else now
+        new = jnp.int32(self.plan.new)
         for tokens_BT, start, length_B in self.chunks(rows, first):
-            now = self._run("extend", self.model, now, tokens_BT, start, length_B)
+            now = self._run("extend", self.model, now, tokens_BT, start, length_B, new)
         return now
 
     def chunks(

@@ -42,10 +42,18 @@ class State:
 
 
 def extend(
-    model: Transformer, now: Prefilled, tokens_BT: jax.Array, start: jax.Array, length_B: jax.Array
+    model: Transformer,
+    now: Prefilled,
+    tokens_BT: jax.Array,
+    start: jax.Array,
+    length_B: jax.Array,
+    new: jax.Array,
 ) -> Prefilled:
-    """One prefill step: tokens start..start+T-1 of each row, of which `length_B` are real."""
-    hidden_BTD, at_BT, kv = run_chunk(model, now.cache, tokens_BT, start, length_B)
+    """One prefill step: tokens start..start+T-1 of each row, of which `length_B` are real.
+
+    Up to `new` tokens will follow these.
+    """
+    hidden_BTD, at_BT, kv = run_chunk(model, now.cache, tokens_BT, start, length_B, new)
     is_last_BT = at_BT == length_B[:, None] - 1
     last_BD = jnp.einsum(
         "BTD,BT->BD", hidden_BTD, is_last_BT.astype(hidden_BTD.dtype),
@@ -56,7 +64,12 @@ def extend(
 
 
 def run_chunk(
-    model: Transformer, kv: KVCache, tokens_BT: jax.Array, start: jax.Array, length_B: jax.Array
+    model: Transformer,
+    kv: KVCache,
+    tokens_BT: jax.Array,
+    start: jax.Array,
+    length_B: jax.Array,
+    new: jax.Array | int = 0,
 ) -> tuple[jax.Array, jax.Array, KVCache]:
     """(hidden [B, T, D], positions [B, T], cache) of one chunk of every row.
 
@@ -66,7 +79,7 @@ def run_chunk(
     at_BT = tokens_BT * 0 + (start + jnp.arange(tokens_BT.shape[1]))[None, :]
     tokens_BT, at_BT = (cache.deal(x_BT, start, model.rules) for x_BT in (tokens_BT, at_BT))
     segments_BT = (at_BT < length_B[:, None]).astype(jnp.int32)
-    hidden_BTD, kv = model(tokens_BT, at_BT, segments_BT, cache=kv)
+    hidden_BTD, kv = model(tokens_BT, at_BT, segments_BT, kv, length_B + new)
     return hidden_BTD, at_BT, kv
 
 
@@ -143,7 +156,9 @@ def _add(
     position_B = state.length_B + state.made_B
     active_B1 = active_B[:, None].astype(jnp.int32)
     token_B1 = token_B[:, None]
-    last_B1D, kv = model(token_B1, position_B[:, None], active_B1, cache=state.prefilled.cache)
+    length_B = state.length_B + state.limit_B
+    at_B1 = position_B[:, None]
+    last_B1D, kv = model(token_B1, at_B1, active_B1, state.prefilled.cache, length_B)
     made_B = state.made_B + active_B
     counts = state.counts
     if counts is not None:

@@ -1,4 +1,4 @@
-"""One transformer block: norm, attention, residual, norm, MLP, residual.
+"""One transformer block: attention and MLP, with norms and residuals as `config.block` says.
 
 A block holds the weights of all layers of its pattern slot, stacked on a first dim; the
 transformer scans over that dim, so that inside `__call__` a block is one layer.
@@ -17,12 +17,13 @@ from model.attention.cached import attend_cached
 from model.attention.cached_chosen import moba_cached, nsa_cached
 from model.attention.decode import New, Stored
 from model.attention.spec import AttentionSpec, Heads, Where
-from model.linear import project
+from model.linear import add, project
 from model.parameters import Maker
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
@@ -32,7 +33,8 @@ class Norm(nnx.Module):
 
     def __init__(self, make: Maker, size: int, kind: str):
         self.eps = make.config.norm_eps
-        self.scale_D = make.constant(1.0, size)
+        self.offset = 1.0 if kind == "rms_offset" else 0.0
+        self.scale_D = make.constant(1.0 - self.offset, size)
         self.bias_D = make.constant(0.0, size) if kind == "layer" else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -41,7 +43,8 @@ class Norm(nnx.Module):
             x32 = x32 - x32.mean(axis=-1, keepdims=True)
         x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(axis=-1, keepdims=True) + self.eps)
         rank = (1,) * (x.ndim - 1)
-        x32 = x32 * self.scale_D[...].reshape(*rank, -1)
+        scale_D = self.offset + self.scale_D[...].astype(jnp.float32)
+        x32 = x32 * scale_D.reshape(*rank, -1)
         if self.bias_D is not None:
             x32 = x32 + self.bias_D[...].reshape(*rank, -1)
         return x32.astype(x.dtype)
@@ -61,8 +64,13 @@ class Attention(nnx.Module):
         self.v_DKH = make.normal(2, (D, K, H), kv_heads)
         depth = (2 * config.num_layers) ** -0.5  # keeps the residual's variance (GPT-2)
         self.o_NHD = make.normal(3, (N, H, D), ("heads", "head_dim", "embed"), depth)
-        self.q_norm = Norm(make, H, "rms") if config.qk_norm else None
-        self.k_norm = Norm(make, H, "rms") if config.qk_norm else None
+        biased = "qkv" in config.bias
+        self.q_bias_NH = make.zeros((N, H), heads[1:]) if biased else None
+        self.k_bias_KH = make.zeros((K, H), kv_heads[1:]) if biased else None
+        self.v_bias_KH = make.zeros((K, H), kv_heads[1:]) if biased else None
+        self.o_bias_D = make.zeros((D,), (None,)) if "out" in config.bias else None
+        self.q_norm = Norm(make, H, config.norm) if config.qk_norm else None
+        self.k_norm = Norm(make, H, config.norm) if config.qk_norm else None
         self.sink_N = make.constant(0.0, N, "heads") if spec.sink_logit else None
         self.branches = Branches(make, spec) if spec.kind == "nsa" else None
 
@@ -73,8 +81,9 @@ class Attention(nnx.Module):
 
     def _heads(self) -> Heads:
         sink_N = None if self.sink_N is None else self.sink_N[...].astype(jnp.float32)
-        slope_N = alibi_slopes(self.config.num_heads) if self.spec.alibi else None
-        if slope_N is not None:
+        slope_N = None
+        if self.spec.alibi:
+            slope_N = self.spec.alibi * alibi_slopes(self.config.num_heads)
             slope_N = jax.sharding.reshard(slope_N, self.rules("act_heads"))
         return Heads(sink_N, slope_N)
 
@@ -86,13 +95,15 @@ class Attention(nnx.Module):
         cache: Stored | None,
     ) -> tuple[jax.Array, New]:
         rules = self.rules
-        q_BTNH = project("BTD,DNH->BTNH", x_BTD, self.q_DNH[...])
-        k_BTKH = project("BTD,DKH->BTKH", x_BTD, self.k_DKH[...])
-        v_BTKH = project("BTD,DKH->BTKH", x_BTD, self.v_DKH[...])
+        q_BTNH = add(project("BTD,DNH->BTNH", x_BTD, self.q_DNH[...]), self.q_bias_NH)
+        k_BTKH = add(project("BTD,DKH->BTKH", x_BTD, self.k_DKH[...]), self.k_bias_KH)
+        v_BTKH = add(project("BTD,DKH->BTKH", x_BTD, self.v_DKH[...]), self.v_bias_KH)
         if self.q_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if cos_sin is not None:
             q_BTNH, k_BTKH = rope.rotate(q_BTNH, cos_sin), rope.rotate(k_BTKH, cos_sin)
+        if self.config.query_scale:  # kernels scale by head_dim^-0.5
+            q_BTNH = q_BTNH * (self.config.query_scale * self.config.head_dim**0.5)
         if self.kv_repeats > 1:
             sharding = rules("batch", "length", "act_kv_heads", None)
             k_BTKH, v_BTKH = (
@@ -111,7 +122,7 @@ class Attention(nnx.Module):
         else:
             out_BTNH = attend_cached(*qkv, at, cache, self.spec, **how)
         residual = rules("batch", "length", "act_embed")
-        out_BTD = project("BTNH,NHD->BTD", out_BTNH, self.o_NHD[...], residual)
+        out_BTD = add(project("BTNH,NHD->BTD", out_BTNH, self.o_NHD[...], residual), self.o_bias_D)
         return out_BTD, New(k_BTKH, v_BTKH, of_blocks)
 
 
@@ -169,27 +180,38 @@ class MLP(nnx.Module):
         self.down_FD = make.normal(5, (F, D), ("mlp", "embed"), depth)
         gated = config.mlp == "gated"
         self.gate_DF = make.normal(6, (D, F), ("embed", "mlp")) if gated else None
+        biased = "mlp" in config.bias
+        self.up_bias_F = make.zeros((F,), ("mlp",)) if biased else None
+        self.gate_bias_F = make.zeros((F,), ("mlp",)) if biased and gated else None
+        self.down_bias_D = make.zeros((D,), (None,)) if biased else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         activation = ACTIVATIONS[self.config.activation]
-        h_BTF = project("BTD,DF->BTF", x_BTD, self.up_DF[...])
+        h_BTF = add(project("BTD,DF->BTF", x_BTD, self.up_DF[...]), self.up_bias_F)
         if self.gate_DF is None:
             h_BTF = activation(h_BTF)
         else:
-            h_BTF = activation(project("BTD,DF->BTF", x_BTD, self.gate_DF[...])) * h_BTF
+            gate_BTF = add(project("BTD,DF->BTF", x_BTD, self.gate_DF[...]), self.gate_bias_F)
+            h_BTF = activation(gate_BTF) * h_BTF
         residual = self.rules("batch", "length", "act_embed")
-        return project("BTF,FD->BTD", h_BTF, self.down_FD[...], residual)
+        return add(project("BTF,FD->BTD", h_BTF, self.down_FD[...], residual), self.down_bias_D)
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), or a variation of that: `config.block`."""
 
     def __init__(self, make: Maker, spec: AttentionSpec):
-        config = make.config
-        self.attention_norm = Norm(make, config.embed_dim, config.norm)
+        kind = self.kind = make.config.block
+
+        def norm(wanted: bool = True) -> Norm | None:
+            return Norm(make, make.config.embed_dim, make.config.norm) if wanted else None
+
+        self.attention_norm = norm()
         self.attention = Attention(make, spec)
-        self.mlp_norm = Norm(make, config.embed_dim, config.norm)
+        self.attention_post_norm = norm(kind == "sandwich")
+        self.mlp_norm = norm(kind != "parallel")
         self.mlp = MLP(make)
+        self.mlp_post_norm = norm(kind == "sandwich")
 
     def __call__(
         self,
@@ -200,7 +222,17 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, New]:
         """(x [B, T, D], what these tokens add to a cache)."""
         with jax.named_scope("attention"):
-            out_BTD, kv = self.attention(self.attention_norm(x_BTD), at, cos_sin, cache)
-        x_BTD = x_BTD + out_BTD
+            normed_BTD = self.attention_norm(x_BTD)
+            out_BTD, kv = self.attention(normed_BTD, at, cos_sin, cache)
+            if self.attention_post_norm is not None:
+                out_BTD = self.attention_post_norm(out_BTD)
         with jax.named_scope("mlp"):
-            return x_BTD + self.mlp(self.mlp_norm(x_BTD)), kv
+            if self.kind == "parallel":
+                return x_BTD + out_BTD + self.mlp(normed_BTD), kv
+            if self.kind == "parallel_norms":
+                return x_BTD + out_BTD + self.mlp(self.mlp_norm(x_BTD)), kv
+            x_BTD = x_BTD + out_BTD
+            out_BTD = self.mlp(self.mlp_norm(x_BTD))
+            if self.mlp_post_norm is not None:
+                out_BTD = self.mlp_post_norm(out_BTD)
+            return x_BTD + out_BTD, kv

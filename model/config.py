@@ -24,12 +24,24 @@ class ModelConfig(Section):
     head_dim: int = setting(doc="width of a head; even, for RoPE", low=2)
     mlp_dim: int = setting(doc="hidden width of the MLP", low=1)
     pattern: tuple[AttentionSpec, ...] = setting((full(),), "attention of layers 0, 1, ...")
+    block: Literal["sequential", "sandwich", "parallel", "parallel_norms"] = setting(
+        "sequential",
+        "attention, then the MLP, a norm before each; sandwich: and one after each; "
+        "parallel: both of one norm of the input; parallel_norms: each of its own",
+    )
     mlp: Literal["gated", "plain"] = setting("gated", "act(x G) * (x U), or act(x U)")
-    activation: Literal["silu", "gelu", "relu2"] = setting("silu", "of the MLP")
-    norm: Literal["rms", "layer"] = setting("rms", "RMSNorm, or LayerNorm with bias")
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu2"] = setting("silu", "of the MLP")
+    bias: tuple[Literal["qkv", "out", "mlp"], ...] = setting((), "projections that add one")
+    norm: Literal["rms", "rms_offset", "layer"] = setting(
+        "rms", "RMSNorm, the same times 1 + scale, or LayerNorm with bias"
+    )
     norm_eps: float = setting(1e-6, "added to the variance", above=0)
-    qk_norm: bool = setting(False, "RMS-normalise queries and keys of each head")
+    qk_norm: bool = setting(False, "normalise queries and keys of each head")
+    query_scale: float = setting(0.0, "of attention's scores; 0 is head_dim^-0.5", low=0)
+    learned_positions: bool = setting(False, "a learned vector a position, up to the context")
+    embed_scale: float = setting(1.0, "embeddings are multiplied by it", above=0)
     tied_head: bool = setting(True, "logits from the embedding's own table")
+    logit_softcap: float = setting(0.0, "logits become cap * tanh(logit / cap); 0 is off", low=0)
     init_scale: float = setting(0.02, "standard deviation of the initial weights", above=0)
     attention_kernel: Literal["auto", "reference", "chunked", "splash", "gpu"] = setting(
         "auto", "how"

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import PartitionSpec
 
 
@@ -40,3 +41,11 @@ def _backward(subscripts, out_sharding, saved, dy):
 
 
 project.defvjp(_forward, _backward)
+
+
+def add(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    """x plus a bias over its last dims, in x's dtype; x itself where there is none."""
+    if bias is None:
+        return x
+    rank = (1,) * (x.ndim - bias.ndim)
+    return x + bias[...].astype(x.dtype).reshape(*rank, *bias.shape)

@@ -42,6 +42,12 @@ class Maker:
         full = jnp.full(shape, value, self.config.param_dtype, out_sharding=self.rules(*axes))
         return nnx.Param(full)
 
+    def zeros(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+        """Zeros, as biases start."""
+        shape, axes = self._stacked(shape, axes)
+        zeros = jnp.zeros(shape, self.config.param_dtype, out_sharding=self.rules(*axes))
+        return nnx.Param(zeros)
+
     def _stacked(self, shape, axes):
         return ((self.layers, *shape), ("layers", *axes)) if self.layers else (shape, axes)
 

@@ -1,17 +1,129 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), half-split as in LLaMA."""
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), half-split as in LLaMA.
+
+    Rope(500_000.0)                                                      a larger base ("ABF")
+    Rope(scaling="yarn", factor=4.0, original=4096, magnitude=1.139)     4 times as long a context
+
+Frequencies are made in float64 where they are constants, angles always in float32.
+"""
+
+import dataclasses
+import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from core.config import Section, UserError, setting
+
+Scaling = Literal["none", "linear", "dynamic", "yarn", "llama3", "longrope"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope(Section):
+    """Wavelengths 2 pi base^(2i / H), and how they are stretched for texts beyond `original`.
+
+    linear divides all frequencies by `factor` (arXiv 2306.15595). llama3 (arXiv 2407.21783) and
+    yarn (arXiv 2309.00071) divide those with less than `slow` turns within `original`, keep those
+    with more than `fast`, and blend between. dynamic raises the base, and longrope (arXiv
+    2402.13753) divides by `long` in place of `short`, as the text gets longer than `original`.
+    """
+
+    base: float = setting(10_000.0, "of the wavelengths; a larger one reaches further", above=1)
+    scaling: Scaling = setting("none", "how frequencies are changed for longer texts")
+    factor: float = setting(1.0, "of which the context is longer than `original`", low=1)
+    original: int = setting(0, "tokens that the frequencies were trained for", low=0)
+    slow: float = setting(1.0, "yarn, llama3: turns within `original`, low end", above=0)
+    fast: float = setting(32.0, "yarn, llama3: turns within `original`, high end", above=0)
+    truncate: bool = setting(True, "yarn: the blend starts and ends at whole pairs")
+    magnitude: float = setting(1.0, "cos and sin are multiplied by it", above=0)
+    short: tuple[float, ...] = setting((), "longrope: a divisor a pair, up to `original`", above=0)
+    long: tuple[float, ...] = setting((), "longrope: a divisor a pair, beyond `original`", above=0)
+
+    def check(self) -> None:
+        if self.scaling in ("none", "linear"):
+            idle = {"original": 0, "slow": 1.0, "fast": 32.0, "truncate": True}
+        elif self.original == 0:
+            raise UserError(f"scaling={self.scaling!r} with original=0: what was trained for?")
+        else:
+            idle = {}
+        if self.scaling == "none":
+            idle["factor"] = 1.0
+        if self.scaling != "longrope":
+            idle |= {"short": (), "long": ()}
+        elif not self.short or len(self.short) != len(self.long):
+            raise UserError(
+                f"scaling='longrope' with {len(self.short)} short and {len(self.long)} long "
+                "divisors: each pair of a head needs one of either"
+            )
+        for field, value in idle.items():
+            if getattr(self, field) != value:
+                raise UserError(
+                    f"{field}={getattr(self, field)!r} means nothing with scaling={self.scaling!r}"
+                )
+        if self.fast <= self.slow:
+            raise UserError(f"fast={self.fast} must be more than slow={self.slow}")
+
+    @property
+    def by_length(self) -> bool:
+        """Whether frequencies depend on the length of the text."""
+        return self.scaling in ("dynamic", "longrope")
+
+
+def frequencies(rope: Rope, head_dim: int, length_B: jax.Array | None = None) -> jax.Array:
+    """Radians a token, float32: [H / 2], or [B, H / 2] for texts of `length_B` if `by_length`."""
+    exponents = np.arange(0, head_dim, 2) / head_dim
+    plain = rope.base**-exponents
+    if rope.scaling == "dynamic":
+        # NTK-aware: the longest wavelength grows as the text does, the shortest stays.
+        over_B = jnp.maximum(length_B, rope.original).astype(jnp.float32) / rope.original
+        growth_B = (rope.factor * over_B - (rope.factor - 1)) ** (head_dim / (head_dim - 2))
+        return jnp.float32(plain) * growth_B[:, None] ** -jnp.float32(exponents)
+    if rope.scaling == "longrope":
+        if len(rope.long) != head_dim // 2:
+            raise UserError(
+                f"rope.long has {len(rope.long)} divisors, but head_dim={head_dim} has "
+                f"{head_dim // 2} pairs"
+            )
+        short, long = (jnp.float32(plain / np.array(x))[None] for x in (rope.short, rope.long))
+        return jnp.where(length_B[:, None] > rope.original, long, short)
+    if rope.scaling == "linear":
+        plain = plain / rope.factor
+    elif rope.scaling in ("yarn", "llama3"):
+        kept = _kept_yarn(rope, head_dim) if rope.scaling == "yarn" else _kept_llama3(rope, plain)
+        plain = plain * kept + plain / rope.factor * (1 - kept)
+    return jnp.float32(plain)
+
+
+def _kept_yarn(rope: Rope, head_dim: int) -> np.ndarray:
+    """Share of each frequency that is not divided: it falls linearly over the pairs."""
+
+    def pair(turns: float) -> float:  # whose wavelength fits `turns` times into `original`
+        pairs = head_dim / 2
+        return pairs * math.log(rope.original / (2 * math.pi * turns), rope.base)
+
+    first, last = pair(rope.fast), pair(rope.slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    span = (last - first) or 0.001
+    return 1 - np.clip((np.arange(head_dim // 2) - first) / span, 0, 1)
+
+
+def _kept_llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
+    """Share of each frequency that is not divided: it rises linearly with the turns."""
+    turns = rope.original * plain / (2 * math.pi)
+    return np.clip((turns - rope.slow) / (rope.fast - rope.slow), 0, 1)
 
 
 def table(
-    positions_BT: jax.Array, base: float, scale: float, head_dim: int
+    positions_BT: jax.Array, rope: Rope, head_dim: int, length_B: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin), each [B, T, 1, H / 2] float32: angles position / scale * base^(-2i / H)."""
-    half = head_dim // 2
-    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles_BTh = positions_BT[..., None].astype(jnp.float32) / scale * frequencies[None, None]
-    return jnp.cos(angles_BTh)[:, :, None, :], jnp.sin(angles_BTh)[:, :, None, :]
+    """(cos, sin), each [B, T, 1, H / 2] float32, times the magnitude."""
+    per_token = jnp.atleast_2d(frequencies(rope, head_dim, length_B))
+    angles_BTh = positions_BT[..., None].astype(jnp.float32) * per_token[:, None]
+    cos_BTh, sin_BTh = (rope.magnitude * f(angles_BTh) for f in (jnp.cos, jnp.sin))
+    return cos_BTh[:, :, None, :], sin_BTh[:, :, None, :]
 
 
 def rotate(x_BTNH: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -54,6 +54,8 @@ class Transformer(nnx.Module):
         table = (config.vocab_size, config.embed_dim), ("vocab", "embed")
         self.embedding_VD = make.normal(0, *table)
         self.head_VD = None if config.tied_head else make.normal(1, *table)
+        places = (config.context, config.embed_dim), (None, "embed")
+        self.positions_PD = make.normal(2, *places) if config.learned_positions else None
         keys = (jax.random.fold_in(key, i) for i in itertools.count(1))
         self.stages = nnx.List(
             nnx.List(Block(Maker(config, rules, next(keys), layers), spec) for spec in slots)
@@ -67,25 +69,22 @@ class Transformer(nnx.Module):
         positions_BT: jax.Array,
         segments_BT: jax.Array,
         cache: KVCache | None = None,
+        length_B: jax.Array | None = None,
         remat: Remat = "none",
     ) -> tuple[jax.Array, KVCache | None]:
         """(hidden [B, T, D] after the final norm, the cache with these tokens added).
 
         Positions count inside each document; segment 0 is padding. With a cache the tokens also
-        see what it holds, and must all belong to the one document that it holds.
+        see what it holds, and must all belong to the one document that it holds. `length_B` is
+        what each row's text will have come to, for RoPE that goes by it; so far, if not given.
         """
         config, rules = self.config, self.rules
         at = Where(positions_BT, segments_BT)
-        # FSDP: the table is gathered before use; looking up in a table that is sharded on both
-        # dims makes XLA replicate the result first.
-        table_VD = jax.sharding.reshard(self.embedding_VD[...], rules("vocab", None))
-        x_BTD = table_VD.at[tokens_BT].get(out_sharding=rules("batch", "length", "act_embed"))
-        x_BTD = x_BTD.astype(config.compute_dtype)
-        tables = {
-            spec.rope: rope.table(positions_BT, *spec.rope, config.head_dim)
-            for spec in config.pattern
-            if spec.rope
-        }
+        x_BTD = self._embed(tokens_BT, positions_BT)
+        ropes = {spec.rope for spec in config.pattern if spec.rope}
+        if length_B is None and any(each.by_length for each in ropes):
+            length_B = jnp.where(segments_BT > 0, positions_BT + 1, 0).max(axis=1)
+        tables = {each: rope.table(positions_BT, each, config.head_dim, length_B) for each in ropes}
         new, slot = [], 0
         for blocks, (_, layers) in zip(self.stages, config.stages, strict=True):
 
@@ -112,6 +111,23 @@ class Transformer(nnx.Module):
         at = Where(positions_BT, segments_BT * valid_BT)
         return hidden_BTD, cache.write(new, at, rules)
 
+    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """[B, T, D] in the compute dtype."""
+        dtype, place = self.config.compute_dtype, self.rules("batch", "length", "act_embed")
+
+        def look_up(table: nnx.Param, rows: str | None, index_BT: jax.Array) -> jax.Array:
+            # FSDP: the table is gathered before use; looking up in a table that is sharded on
+            # both dims makes XLA replicate the result first.
+            table = jax.sharding.reshard(table[...], self.rules(rows, None))
+            return table.at[index_BT].get(out_sharding=place).astype(dtype)
+
+        x_BTD = look_up(self.embedding_VD, "vocab", tokens_BT)
+        if self.config.embed_scale != 1:  # rounded as the table is: Gemma was trained so
+            x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, dtype)
+        if self.positions_PD is not None:
+            x_BTD = x_BTD + look_up(self.positions_PD, None, positions_BT)
+        return x_BTD
+
     def head(self) -> jax.Array:
         """The output table [V, D] in the compute dtype, whole but for the vocabulary's shards."""
         table = self.embedding_VD if self.head_VD is None else self.head_VD
@@ -120,9 +136,11 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V]."""
-        return jnp.einsum(
+        logits_BTV = jnp.einsum(
             "BTD,VD->BTV", hidden_BTD, self.head(), preferred_element_type=jnp.float32
         )
+        cap = self.config.logit_softcap
+        return cap * jnp.tanh(logits_BTV / cap) if cap else logits_BTV
 
 
 def check_mesh(config: ModelConfig, rules: Rules) -> None:

@@ -27,7 +27,7 @@ class Case:
     sinks: int = 0
     prefix: int = 0
     sink_logit: bool = False
-    alibi: bool = False
+    alibi: float = 0.0
     N: int = 4
     K: int = 2
 
@@ -133,11 +133,11 @@ CASES = (
     Case("zigzag", block=3, local=1, sinks=6),
     Case("shuffled", block=2, local=2, stride=4, sinks=2),
     Case("cache", block=4, local=2, stride=3, sinks=4),
-    Case("cache", window=9, sinks=4, alibi=True),
+    Case("cache", window=9, sinks=4, alibi=1.0),
     Case("packed", prefix=11),
     Case("shuffled", prefix=11),
-    Case("padded", alibi=True),
-    Case("zigzag", alibi=True, window=13, sink_logit=True),
+    Case("padded", alibi=1.0),
+    Case("zigzag", alibi=1.0, window=13, sink_logit=True),
     Case("future", sink_logit=True),
 )
 

@@ -113,10 +113,10 @@ def test_json_round_trip():
 
 
 def test_json_of_another_schema_is_refused_with_its_path():
-    text = config.to_json(toy()).replace('"rope_base"', '"rope_bass"')
+    text = config.to_json(toy()).replace('"softcap"', '"softcup"')
     message = complaint(config.from_json, text, train=Toy)
-    assert "train.parts[0].rope_bass is not a field; did you mean" in message
-    assert message.endswith("train.parts[0].rope_base?")
+    assert "train.parts[0].softcup is not a field; did you mean" in message
+    assert message.endswith("train.parts[0].softcap?")
 
 
 def test_sections_are_named():
@@ -207,7 +207,7 @@ def test_overrides_reach_their_fields(config_file):
         "--config.model.tied_head=false",
         "--config.model.dtype=float32",
         "--config.mesh.model=2",
-        "--config.model.pattern=[{'kind':'sliding','window':4,'rope_base':5e5},{'kind':'full'}]",
+        "--config.model.pattern=[{'kind':'sliding','window':4,'softcap':5e5},{'kind':'full'}]",
         model=ModelConfig,
         mesh=MeshConfig,
     )
@@ -216,7 +216,7 @@ def test_overrides_reach_their_fields(config_file):
     assert experiment.model.norm_eps == 1e-5
     assert experiment.model.tied_head is False
     assert experiment.mesh == MeshConfig(simulate=8, model=2)
-    assert experiment.model.pattern == (sliding(4, rope_base=5e5), full())
+    assert experiment.model.pattern == (sliding(4, softcap=5e5), full())
 
 
 def test_a_nested_mistake_has_its_whole_path(config_file):

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "configs": {"core", "data", "model", "train", "infer"},
 }
 # A config file chooses: it imports dataclasses of sections, and presets.
-CONFIGS_MAY_IMPORT = {"core.sharding", "model.attention.spec"}
+CONFIGS_MAY_IMPORT = {"core.sharding", "model.attention.spec", "model.rope"}
 MAX_LINES = 400
 
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))

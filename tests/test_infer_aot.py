@@ -39,7 +39,8 @@ def program(name):
     if name == "extend":
         place = jax.NamedSharding(jax.sharding.get_mesh(), rules("batch", None))
         tokens_BT = jax.ShapeDtypeStruct((1, CHUNK), jnp.int32, sharding=place)
-        step, args = steps.extend, (now, tokens_BT, jax.ShapeDtypeStruct((), jnp.int32), row_B)
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        step, args = steps.extend, (now, tokens_BT, number, row_B, number)
     else:
         how = dict(how=Sampling(temperature=0), eos=-1, vocab_size=320)
         step, args = functools.partial(steps.advance, **how), (decoding, decoding.done_B)

@@ -32,7 +32,7 @@ SPLASH_CASES = {
     Case("shuffled", window=5, sinks=3, sink_logit=True),
     Case("packed", block=3, local=2, stride=3),
     Case("packed", prefix=11),
-    Case("padded", alibi=True),
+    Case("padded", alibi=1.0),
 }
 GPU_CASES = {  # the masks are those of splash, evaluated by the same lines
     Case("shuffled", window=7),
@@ -40,7 +40,7 @@ GPU_CASES = {  # the masks are those of splash, evaluated by the same lines
     Case("cache", window=30),
     Case("future", window=7),
     Case("packed", block=3, local=2, stride=3),
-    Case("padded", alibi=True),
+    Case("padded", alibi=1.0),
 }
 QUICK = {"splash": SPLASH_CASES, "gpu": GPU_CASES}
 

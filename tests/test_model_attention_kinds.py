@@ -18,14 +18,15 @@ from model.attention.spec import (
     sliding,
 )
 from model.attention.spec import chunked as in_chunks
+from model.rope import Rope
 
 LENGTH, N, K, H = 48, 4, 2, 8
 KINDS = {
     "bidirectional": bidirectional(),
     "chunked": in_chunks(10, sink_logit=True),
-    "sliding": sliding(5, sinks=3, sink_logit=True, alibi=True),
+    "sliding": sliding(5, sinks=3, sink_logit=True, alibi=1.0),
     "block_sparse": block_sparse(3, 2, stride=3, sinks=4),
-    "prefix": prefix(9, alibi=True),
+    "prefix": prefix(9, alibi=1.0),
 }
 SPREADS = {  # (strategy, neighbours that exchange heads, mesh)
     "allgather": ("allgather", 1, (1, 4, 1)),
@@ -86,7 +87,7 @@ def check(kind, spread, kernel):
         (dict(kind="block_sparse", block=4), "local=0"),
         (dict(kind="sliding", window=4, stride=2), "stride=2 goes with kind='block_sparse'"),
         (dict(sinks=2), "sinks=2: kind='full' sees the first tokens anyway"),
-        (dict(alibi=True, softcap=3.0), "alibi=True with a softcap"),
+        (dict(alibi=1.0, softcap=3.0), "alibi with a softcap"),
     ],
 )
 def test_fields_that_do_not_go_together(fields, message):
@@ -108,5 +109,5 @@ def test_a_cache_refuses_what_it_cannot_hold(spec, message):
 
 
 def test_everywhere_keeps_the_scores_and_drops_the_limits():
-    spec = block_sparse(3, 2, stride=3, sinks=4, softcap=2.0, rope_base=7.0, sink_logit=True)
-    assert spec.everywhere() == full(softcap=2.0, rope_base=7.0, sink_logit=True)
+    spec = block_sparse(3, 2, stride=3, sinks=4, softcap=2.0, rope=Rope(7.0), sink_logit=True)
+    assert spec.everywhere() == full(softcap=2.0, rope=Rope(7.0), sink_logit=True)

@@ -375,6 +375,6 @@ def test_sinks_and_slopes_go_with_moba():
             attention = functools.partial(attend.attend, **how)
             return jax.jit(attention)(*map(jnp.asarray, arrays), at)
 
-    fields = dict(sink_logit=True, alibi=True)
+    fields = dict(sink_logit=True, alibi=1.0)
     every = spec.moba(block=4, top=LENGTH // 4, **fields)
     assert_close(out(every), out(spec.full(**fields)), "attention")

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from core import layout
 from model.attention import chunked, pairs, spec, ulysses
 
+ALIBI = st.sampled_from([0.0, 1.0])
 KINDS = st.one_of(
     st.builds(spec.full, sink_logit=st.booleans(), softcap=st.sampled_from([0.0, 2.0])),
-    st.builds(spec.sliding, st.integers(1, 30), sinks=st.integers(0, 5), alibi=st.booleans()),
+    st.builds(spec.sliding, st.integers(1, 30), sinks=st.integers(0, 5), alibi=ALIBI),
     st.builds(spec.chunked, st.integers(1, 20), sinks=st.integers(0, 5)),
     st.builds(
         spec.block_sparse,
@@ -22,7 +23,7 @@ KINDS = st.one_of(
         stride=st.integers(0, 4),
         sinks=st.integers(0, 8),
     ),
-    st.builds(spec.prefix, st.integers(1, 12), alibi=st.booleans()),
+    st.builds(spec.prefix, st.integers(1, 12), alibi=ALIBI),
     st.builds(spec.bidirectional, sink_logit=st.booleans()),
     st.builds(spec.moba, st.integers(1, 9), st.integers(1, 4)),
 )

@@ -71,9 +71,9 @@ def test_a_ring_of_each_chip(topology):
     "spec",
     [
         full(softcap=30.0),
-        full(alibi=True),
+        full(alibi=1.0),
         bidirectional(),
-        sliding(100, sinks=5, alibi=True),
+        sliding(100, sinks=5, alibi=1.0),
         chunked(100),
         block_sparse(96, 2, stride=3, sinks=4),
         prefix(100),
@@ -94,7 +94,7 @@ def test_each_width_compiles(H, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v4:1x1x1", "v5e:1x1"])
 @pytest.mark.parametrize(("H", "dtype"), [(128, "bfloat16"), (128, "float32"), (256, "float32")])
-@pytest.mark.parametrize("spec", [full(softcap=30.0), block_sparse(2048, 2, 3, alibi=True)])
+@pytest.mark.parametrize("spec", [full(softcap=30.0), block_sparse(2048, 2, 3, alibi=1.0)])
 def test_the_largest_blocks_fit_the_vector_memory(topology, H, dtype, spec):
     """A v4 has 16 MiB, and others leave as much to a kernel, a v6e more."""
     assert set(kernels(topology, spec, 16384, H, dtype)) == set(BOTH)

@@ -32,7 +32,7 @@ END = np.array([35 + NEW, 4 + 17])
 KINDS = {  # fields that Case and AttentionSpec share
     "full": dict(softcap=2.0, sink_logit=True),
     "sliding": dict(window=7),
-    "sinks": dict(window=5, sinks=3, sink_logit=True, alibi=True),
+    "sinks": dict(window=5, sinks=3, sink_logit=True, alibi=1.0),
     "chunked": dict(chunk=9),
     "chunked-sinks": dict(chunk=4, sinks=2),
     "strided": dict(block=3, local=2, stride=3),

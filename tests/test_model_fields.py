@@ -21,10 +21,12 @@ from model.attention.spec import (
     sliding,
 )
 from model.config import ModelConfig
+from model.rope import Rope
 
 # Each field at another value that is valid, given the rest of SMALL.
 FLIPS = {
     "vocab_size": 128,
+    "context": 128,
     "num_layers": 3,
     "embed_dim": 32,
     "num_heads": 8,
@@ -32,19 +34,25 @@ FLIPS = {
     "head_dim": 4,
     "mlp_dim": 64,
     "pattern": (full(),),
+    "block": "parallel",
     "mlp": "plain",
     "activation": "gelu",
+    "bias": ("out",),
     "norm": "layer",
     "norm_eps": 1e-3,
     "qk_norm": True,
+    "query_scale": 0.5,
+    "learned_positions": True,
+    "embed_scale": 4.0,
     "tied_head": False,
+    "logit_softcap": 30.0,
     "init_scale": 0.1,
     "attention_kernel": "chunked",
     "dtype": "bfloat16",
     "param_dtype": "bfloat16",
 }
-# Promises about the model that no program reads.
-NOT_IN_THE_PROGRAM = {"context"}
+# Fields that matter where another has this value alone.
+WITH = {"context": dict(learned_positions=True)}
 SPEC_FLIPS = {  # field: two specs that differ in it
     "kind": (sliding(6), chunked(6)),
     "window": (sliding(6), sliding(5)),
@@ -58,10 +66,29 @@ SPEC_FLIPS = {  # field: two specs that differ in it
     "step": (nsa(4, 3, 8, 4, 2), nsa(4, 3, 8, 4, 4)),
     "sinks": (sliding(6), sliding(6, sinks=2)),
     "sink_logit": (full(), full(sink_logit=True)),
-    "alibi": (full(), full(alibi=True)),
-    "rope_base": (full(), full(rope_base=0.0)),
-    "rope_scale": (full(), full(rope_scale=2.0)),
+    "alibi": (full(alibi=0.5), full(alibi=1.0)),
+    "rope": (full(), full(rope=None)),
     "softcap": (full(), full(softcap=5.0)),
+}
+YARN = dict(scaling="yarn", factor=4.0, original=1024)
+LONG = dict(scaling="longrope", original=16)
+ROPE_FLIPS = {
+    "base": (Rope(), Rope(500.0)),
+    "scaling": (Rope(**YARN), Rope(**{**YARN, "scaling": "llama3"})),
+    "factor": (Rope(**YARN), Rope(**{**YARN, "factor": 2.0})),
+    "original": (Rope(**YARN), Rope(**{**YARN, "original": 512})),
+    "slow": (Rope(**YARN), Rope(**YARN, slow=4.0)),
+    "fast": (Rope(**YARN), Rope(**YARN, fast=8.0)),
+    "truncate": (Rope(**YARN), Rope(**YARN, truncate=False)),
+    "magnitude": (Rope(), Rope(magnitude=1.5)),
+    "short": (
+        Rope(**LONG, short=(1.0,) * 4, long=(2.0,) * 4),
+        Rope(**LONG, short=(1.5,) * 4, long=(2.0,) * 4),
+    ),
+    "long": (
+        Rope(**LONG, short=(1.0,) * 4, long=(2.0,) * 4),
+        Rope(**LONG, short=(1.0,) * 4, long=(2.5,) * 4),
+    ),
 }
 
 
@@ -82,9 +109,9 @@ def program(config: ModelConfig):
 
 def test_every_field_is_flipped():
     names = {field.name for field in dataclasses.fields(ModelConfig)}
-    assert set(FLIPS) | NOT_IN_THE_PROGRAM == names
-    assert not set(FLIPS) & NOT_IN_THE_PROGRAM
+    assert set(FLIPS) == names
     assert set(SPEC_FLIPS) == {field.name for field in dataclasses.fields(AttentionSpec)}
+    assert set(ROPE_FLIPS) == {field.name for field in dataclasses.fields(Rope)}
     assert len(names) < 30
 
 
@@ -96,9 +123,24 @@ def test_an_equal_config_gives_an_equal_program():
 
 @pytest.mark.parametrize("name", FLIPS)
 def test_every_model_field_changes_the_program(name):
-    flipped = dataclasses.replace(SMALL, **{name: FLIPS[name]})
-    assert getattr(flipped, name) != getattr(SMALL, name)
-    assert program(flipped) != program(SMALL)
+    base = dataclasses.replace(SMALL, **WITH.get(name, {}))
+    flipped = dataclasses.replace(base, **{name: FLIPS[name]})
+    assert getattr(flipped, name) != getattr(base, name)
+    assert program(flipped) != program(base)
+
+
+def test_each_kind_of_block_is_another_program():
+    kinds = ("sequential", "sandwich", "parallel", "parallel_norms")
+    programs = [program(dataclasses.replace(SMALL, block=kind)) for kind in kinds]
+    assert all(a != b for i, a in enumerate(programs) for b in programs[:i])
+
+
+@pytest.mark.parametrize("name", ROPE_FLIPS)
+def test_every_rope_field_changes_the_program(name):
+    one, other = ROPE_FLIPS[name]
+    assert getattr(one, name) != getattr(other, name)
+    one, other = (dataclasses.replace(SMALL, pattern=(full(rope=x),)) for x in (one, other))
+    assert program(one) != program(other)
 
 
 @pytest.mark.parametrize("name", SPEC_FLIPS)

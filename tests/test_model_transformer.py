@@ -28,6 +28,7 @@ from model.attention.spec import (
 )
 from model.config import ModelConfig
 from model.parameters import Maker
+from model.rope import Rope
 
 # Two scanned groups of two slots, and a tail of one.
 CONFIG = ModelConfig(
@@ -39,24 +40,31 @@ CONFIG = ModelConfig(
     num_kv_heads=2,
     head_dim=8,
     mlp_dim=32,
-    pattern=(sliding(4), full(softcap=5.0, rope_base=100.0)),
+    pattern=(sliding(4), full(softcap=5.0, rope=Rope(100.0))),
     attention_kernel="reference",
     dtype="float32",
 )
 # One slot compiles in half the time, for what does not depend on the pattern.
 SMALL = dataclasses.replace(CONFIG, num_layers=2, pattern=(sliding(6, softcap=5.0),))
+YARN = dict(scaling="yarn", factor=2.0, original=8)
 WITH_ALL = dataclasses.replace(
     SMALL,
     norm="layer",
     qk_norm=True,
     tied_head=False,
-    pattern=(sliding(6, sinks=2, sink_logit=True, alibi=True, rope_scale=2.0),),
+    block="sandwich",
+    bias=("qkv", "out", "mlp"),
+    query_scale=0.5,
+    learned_positions=True,
+    embed_scale=4.0,
+    logit_softcap=30.0,
+    pattern=(sliding(6, sinks=2, sink_logit=True, alibi=1.0, rope=Rope(**YARN)),),
 )
 KINDS = dataclasses.replace(
     CONFIG,
     num_layers=4,
     pattern=(
-        sliding(4, sinks=2, sink_logit=True, alibi=True, rope_base=0.0),
+        sliding(4, sinks=2, sink_logit=True, alibi=1.0, rope=None),
         chunked(5),
         block_sparse(2, 2, stride=3, sinks=3),
         prefix(6),
@@ -288,7 +296,7 @@ def test_scan_equals_a_loop_over_layers(one_device):
 
     @jax.jit
     def one_layer(block, x):
-        cos_sin = rope.table(positions, *block.attention.spec.rope, CONFIG.head_dim)
+        cos_sin = rope.table(positions, block.attention.spec.rope, CONFIG.head_dim)
         return block(x, Where(positions, segments), cos_sin, None)[0]
 
     x = model.embedding_VD[...][tokens]

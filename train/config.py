@@ -38,14 +38,15 @@ class TrainConfig(Section):
         (
             r"embedding_VD",
             r"head_VD",
-            r"attention\.[qkvo]_\w+",
+            r"positions_PD",
+            r"attention\.[qkvo]_[A-Z]+",
             r"branches\.(gates|\w+\.in|\w+\.out)_\w+",
-            r"mlp\.\w+",
+            r"mlp\.(gate|up|down)_[A-Z]+",
         ),
         "parameters that decay: regular expressions on their names",
     )
     no_decay: tuple[str, ...] = setting(
-        (r"\w*norm\.\w+", r"attention\.sink_N", r"branches\.\w+\.place_CH"),
+        (r"\w*norm\.\w+", r"\w+_bias_[A-Z]+", r"attention\.sink_N", r"branches\.\w+\.place_CH"),
         "parameters that do not",
     )
     freeze: tuple[str, ...] = setting((), "parameters that stay as they are, decay or not")

@@ -23,11 +23,12 @@ def next_token_loss(
     *,
     z_loss: float,
     rules: Rules,
+    softcap: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """(loss, nll), both float32 sums over weighted tokens, in nats.
 
     loss = sum w (nll + z_loss lse^2); the second term (PaLM, arXiv 2204.02311) keeps the
-    logits' normaliser near zero. Only `loss` is differentiated.
+    logits' normaliser near zero. `softcap` is that of the logits. Only `loss` is differentiated.
     """
     rows, vocab = rules.axes("batch", "length"), rules.axes("act_vocab")
 
@@ -35,7 +36,8 @@ def next_token_loss(
         # Every shard of the tokens has a gradient of the table: pcast sums them on the way back.
         table_VD = jax.lax.pcast(table_VD, rows, to="varying")
         hidden_RD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-        sums = _sums(z_loss, vocab, hidden_RD, table_VD, targets_BT.ravel(), weights_BT.ravel())
+        how = z_loss, softcap, vocab
+        sums = _sums(how, hidden_RD, table_VD, targets_BT.ravel(), weights_BT.ravel())
         return jax.lax.psum(sums, rows)
 
     by_token = rules("batch", "length")
@@ -51,26 +53,30 @@ def next_token_loss(
     )(hidden_BTD, table_VD, targets_BT, weights_BT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sums(z_loss, vocab, hidden_RD, table_VD, targets_R, weights_R):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums(how, hidden_RD, table_VD, targets_R, weights_R):
     def chunk(sums, chunk):
         hidden_CD, targets_C, weights_C = chunk
-        _, lse_C, hit_CV, logits_CV = _logits(hidden_CD, table_VD, targets_C, vocab)
-        return _add(sums, z_loss, vocab, lse_C, hit_CV, logits_CV, weights_C), None
+        _, lse_C, hit_CV, logits_CV = _logits(how, hidden_CD, table_VD, targets_C)
+        return _add(how, sums, lse_C, hit_CV, logits_CV, weights_C), None
 
     zero = weights_R[0] * 0
     chunks = _chunked(hidden_RD, targets_R, weights_R)
     return jax.lax.scan(chunk, (zero, zero), chunks)[0]
 
 
-def _forward(z_loss, vocab, hidden_RD, table_VD, targets_R, weights_R):
+def _forward(how, hidden_RD, table_VD, targets_R, weights_R):
+    z_loss, softcap, vocab = how
+
     def chunk(carry, chunk):
         sums, dtable_VD = carry
         hidden_CD, targets_C, weights_C = chunk
-        p_CV, lse_C, hit_CV, logits_CV = _logits(hidden_CD, table_VD, targets_C, vocab)
-        sums = _add(sums, z_loss, vocab, lse_C, hit_CV, logits_CV, weights_C)
+        p_CV, lse_C, hit_CV, logits_CV = _logits(how, hidden_CD, table_VD, targets_C)
+        sums = _add(how, sums, lse_C, hit_CV, logits_CV, weights_C)
         slope_C = weights_C * (1 + 2 * z_loss * lse_C)
         dlogits_CV = p_CV * slope_C[:, None] - jnp.where(hit_CV, weights_C[:, None], 0.0)
+        if softcap:
+            dlogits_CV *= 1 - jnp.square(logits_CV / softcap)
         dlogits_CV = dlogits_CV.astype(table_VD.dtype)
         dhidden_CD = dlogits_CV @ table_VD
         dtable_VD += jnp.einsum(
@@ -88,7 +94,7 @@ def _forward(z_loss, vocab, hidden_RD, table_VD, targets_R, weights_R):
     return sums, (dhidden_RD, dtable_VD.astype(table_VD.dtype))
 
 
-def _backward(z_loss, vocab, saved, slopes):
+def _backward(how, saved, slopes):
     slope, _ = slopes
     # In float32: a slope rounded to bfloat16 would scale the whole gradient by up to 0.4%.
     dhidden_RD, dtable_VD = ((x * slope).astype(x.dtype) for x in saved)
@@ -112,9 +118,12 @@ def _chunked(*arrays):
     return jax.tree.map(split, arrays)
 
 
-def _logits(hidden_CD, table_VD, targets_C, vocab):
+def _logits(how, hidden_CD, table_VD, targets_C):
     """(softmax, lse, where the target is, logits); V is this shard's part of the vocabulary."""
+    _, softcap, vocab = how
     logits_CV = jnp.einsum("CD,VD->CV", hidden_CD, table_VD, preferred_element_type=jnp.float32)
+    if softcap:
+        logits_CV = softcap * jnp.tanh(logits_CV / softcap)
     max_C = jax.lax.pmax(logits_CV.max(axis=-1), vocab)
     exp_CV = jnp.exp(logits_CV - max_C[:, None])
     sum_C = jax.lax.psum(exp_CV.sum(axis=-1), vocab)
@@ -123,7 +132,8 @@ def _logits(hidden_CD, table_VD, targets_C, vocab):
     return exp_CV / sum_C[:, None], max_C + jnp.log(sum_C), hit_CV, logits_CV
 
 
-def _add(sums, z_loss, vocab, lse_C, hit_CV, logits_CV, weights_C):
+def _add(how, sums, lse_C, hit_CV, logits_CV, weights_C):
+    z_loss, _, vocab = how
     target_C = jax.lax.psum(jnp.where(hit_CV, logits_CV, 0.0).sum(axis=-1), vocab)
     nll = (weights_C * (lse_C - target_C)).sum()
     loss = nll + z_loss * (weights_C * jnp.square(lse_C)).sum()

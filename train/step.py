@@ -23,9 +23,8 @@ def loss_sums(
 ) -> tuple[jax.Array, jax.Array]:
     """(loss, nll) summed over the weighted tokens of the batch, float32 nats."""
     hidden_BTD, _ = model(batch.tokens, batch.positions, batch.segments, remat=remat)
-    return next_token_loss(
-        hidden_BTD, model.head(), batch.targets, batch.weights, z_loss=z_loss, rules=model.rules
-    )
+    how = dict(z_loss=z_loss, softcap=model.config.logit_softcap, rules=model.rules)
+    return next_token_loss(hidden_BTD, model.head(), batch.targets, batch.weights, **how)
 
 
 def make_train_step(

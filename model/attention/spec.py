@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from core.config import Section, UserError, setting
+from model.rope import Rope
 
 
 class Where(NamedTuple):
@@ -133,9 +134,8 @@ class AttentionSpec(Section):
     prefix: int = setting(0, "kind='prefix': first tokens of a text, seen by all of it", low=0)
     sinks: int = setting(0, "first tokens that stay in sight, beside what is near", low=0)
     sink_logit: bool = setting(False, "a learned logit a head takes part of the softmax")
-    alibi: bool = setting(False, "scores fall linearly with distance (arXiv 2108.12409)")
-    rope_base: float = setting(10_000.0, "base of the rotary wavelengths; 0 is no RoPE", low=0)
-    rope_scale: float = setting(1.0, "positions are divided by it (arXiv 2306.15595)", above=0)
+    alibi: float = setting(0.0, "scores fall by it x a head's slope x distance; 0 is off", low=0)
+    rope: Rope | None = setting(Rope(), "rotary positions; None is without")
     softcap: float = setting(0.0, "scores become cap * tanh(score / cap); 0 is off", low=0)
 
     def check(self) -> None:
@@ -152,7 +152,7 @@ class AttentionSpec(Section):
         if self.sinks and not self.mask.limited:
             raise UserError(f"sinks={self.sinks}: kind={self.kind!r} sees the first tokens anyway")
         if self.alibi and self.softcap:
-            raise UserError("alibi=True with a softcap: no model has both, and the order matters")
+            raise UserError("alibi with a softcap: no model has both, and the order matters")
         if self.kind == "nsa":
             self._check_nsa()
 
@@ -173,13 +173,8 @@ class AttentionSpec(Section):
 
     def everywhere(self) -> "AttentionSpec":
         """The same scores over the whole document."""
-        names = ("sink_logit", "alibi", "rope_base", "rope_scale", "softcap")
+        names = ("sink_logit", "alibi", "rope", "softcap")
         return AttentionSpec(**{name: getattr(self, name) for name in names})
-
-    @property
-    def rope(self) -> tuple[float, float] | None:
-        """(base, scale) of the rotary embedding, None if there is none."""
-        return (self.rope_base, self.rope_scale) if self.rope_base else None
 
     @property
     def mask(self) -> Mask:

@@ -1,0 +1,98 @@
+"""The public families: a checkpoint's config.json and tensors, from and to ours.
+
+    config = families.read({"model_type": "llama", ...})
+    families.tensors(config)    every tensor of its checkpoint, and which of our parameters it holds
+    families.write(config)      a config.json
+    families.PRESETS["llama-3.1-8b"]
+
+A family here is one module with DEFAULTS, ARCHITECTURES (of each model_type), read, write,
+tensors, PRESETS. It can say a config if what it writes reads back as the same config.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from core.config import UserError
+from model.config import ModelConfig
+from model.families import falcon, gemma, gpt2, llama
+from model.families.tensor import Tensor
+
+# Of two that can say a config the first does: a Mistral without a window is a LLaMA.
+FAMILIES = {
+    model_type: module
+    for module in (llama, gpt2, falcon, gemma)
+    for model_type in module.ARCHITECTURES
+}
+PRESETS = {**gpt2.PRESETS, **llama.PRESETS, **falcon.PRESETS, **gemma.PRESETS}
+# Wrappers: the text model is one of their parts.
+WRAPPERS = {"gemma3": "gemma3_text"}
+OURS = ("attention_kernel", "dtype", "param_dtype")  # fields that no config.json speaks of
+
+# Mask buffers and frequencies that older files hold, and what is not of the text model.
+DROPPED = re.compile(
+    r"(.*\.)?(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)"
+    r"|(model\.)?(vision_tower|multi_modal_projector)\..*"
+)
+
+
+def read(found: Mapping[str, Any]) -> ModelConfig:
+    """The model of a config.json; UserError names what is not supported."""
+    model_type = found.get("model_type")
+    if model_type in WRAPPERS:
+        inner = {**found.get("text_config", {}), "model_type": WRAPPERS[model_type]}
+        return read(inner)
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"config.json: model_type={model_type!r} is not supported; "
+            f"these are: {', '.join((*FAMILIES, *WRAPPERS))}"
+        )
+    return FAMILIES[model_type].read(model_type, dict(found))
+
+
+def write(config: ModelConfig) -> dict[str, Any]:
+    """A config.json that says all of `config`; UserError if no family can."""
+    model_type, found = _said(config)
+    architecture = FAMILIES[model_type].ARCHITECTURES[model_type]
+    return {"architectures": [architecture], "model_type": model_type, **found}
+
+
+def tensors(config: ModelConfig) -> list[Tensor]:
+    """Every tensor of a checkpoint of this model; UserError if no family can say it."""
+    return FAMILIES[_said(config)[0]].tensors(config)
+
+
+def canonical(name: str, config: ModelConfig) -> str | None:
+    """The name in `tensors` of a tensor found in a file; None for what is not needed.
+
+    Files may be of the bare decoder, or of one inside a model of images and text.
+    """
+    if DROPPED.fullmatch(name):
+        return None
+    name = name.removeprefix("model.language_model.").removeprefix("language_model.")
+    root = "transformer." if _module(config) in (gpt2, falcon) else "model."
+    if name.startswith((root, "lm_head.")):
+        return name
+    return root + name
+
+
+def _module(config: ModelConfig) -> ModuleType:
+    return FAMILIES[_said(config)[0]]
+
+
+def _said(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """(model_type, attributes) of the first family that can say `config`."""
+    for model_type, module in FAMILIES.items():
+        found = module.write(model_type, config)
+        try:
+            back = module.read(model_type, {"model_type": model_type, **found})
+        except UserError:
+            continue
+        if dataclasses.replace(back, **{name: getattr(config, name) for name in OURS}) == config:
+            return model_type, found
+    raise UserError(
+        f"no family of {', '.join(FAMILIES)} can say this model: its pattern, block, norm, biases "
+        "or sizes are of none of them, so it has no checkpoint that others can open"
+    )

@@ -1,0 +1,117 @@
+"""What LLaMA's relatives and Gemma share: sizes, layer types, and the names of tensors."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from model.attention.spec import AttentionSpec
+from model.config import ModelConfig
+from model.families import tensor
+from model.families.attributes import Attributes
+from model.families.tensor import Layout, Tensor
+
+SIZES = {  # attribute: field
+    "vocab_size": "vocab_size",
+    "hidden_size": "embed_dim",
+    "intermediate_size": "mlp_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "norm_eps",
+    "initializer_range": "init_scale",
+    "tie_word_embeddings": "tied_head",
+}
+LAYER_TYPES = {"full_attention": "full", "sliding_attention": "sliding"}
+
+
+def read_sizes(attributes: Attributes) -> dict[str, Any]:
+    """The fields of SIZES; heads as wide as they fit and as many for keys, where not said."""
+    fields = {field: attributes[name] for name, field in SIZES.items()}
+    fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
+    fields["head_dim"] = fields["head_dim"] or fields["embed_dim"] // fields["num_heads"]
+    fields["context"] = attributes["max_position_embeddings"]
+    return fields
+
+
+def write_sizes(config: ModelConfig) -> dict[str, Any]:
+    """The attributes of SIZES."""
+    sizes = {name: getattr(config, field) for name, field in SIZES.items()}
+    return {**sizes, "max_position_embeddings": config.context}
+
+
+def pattern(
+    layer_types: list[str], specs: Mapping[str, AttentionSpec]
+) -> tuple[AttentionSpec, ...]:
+    """The shortest pattern that repeats to these layers."""
+    layers = tuple(specs[kind] for kind in layer_types)
+    return next(
+        layers[:n]
+        for n in range(1, len(layers) + 1)
+        if all(layer == layers[i % n] for i, layer in enumerate(layers))
+    )
+
+
+def layer_types(config: ModelConfig) -> list[str]:
+    """ "full_attention" or "sliding_attention" for each layer."""
+    names = {kind: name for name, kind in LAYER_TYPES.items()}
+    slots = [names.get(spec.kind, spec.kind) for spec in config.pattern]
+    return [slots[i % len(slots)] for i in range(config.num_layers)]
+
+
+def window(config: ModelConfig) -> int | None:
+    """The window of the sliding layers, None without any."""
+    return next((spec.window for spec in config.pattern if spec.kind == "sliding"), None)
+
+
+def places(config: ModelConfig) -> Iterator[tuple[str, int]]:
+    """(the block's name among our leaves, index in its stack) of layers 0, 1, ..."""
+    for stage, (slots, repeats) in enumerate(config.stages):
+        for index in range(repeats):
+            for slot in range(len(slots)):
+                yield f"stages.{stage}.{slot}", index
+
+
+def per_layer(
+    config: ModelConfig, prefix: str, entries: Mapping[str, tuple[tuple[str, ...], Layout]]
+) -> list[Tensor]:
+    """Tensors `prefix`.L.name of every layer; entries: name -> (the block's leaves, layout)."""
+    return [
+        Tensor(f"{prefix}.{layer}.{name}", tuple(f"{block}.{x}" for x in params), index, layout)
+        for layer, (block, index) in enumerate(places(config))
+        for name, (params, layout) in entries.items()
+    ]
+
+
+def tensors(config: ModelConfig, norms: Mapping[str, str]) -> list[Tensor]:
+    """All tensors of LlamaForCausalLM and the like; norms: tensor -> norm of our block."""
+    D, F, V = config.embed_dim, config.mlp_dim, config.vocab_size
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    entries = {
+        f"{name}.weight": ((f"{ours}.scale_D",), tensor.same(D)) for name, ours in norms.items()
+    }
+    for x, count in (("q", N), ("k", K), ("v", K)):
+        heads = "NH" if x == "q" else "KH"
+        name = f"self_attn.{x}_proj"
+        entries[f"{name}.weight"] = ((f"attention.{x}_D{heads}",), tensor.to_heads(D, count, H))
+        if "qkv" in config.bias:
+            entries[f"{name}.bias"] = ((f"attention.{x}_bias_{heads}",), tensor.heads(count, H))
+        if config.qk_norm and x != "v":
+            norm = f"attention.{x}_norm.scale_D"
+            entries[f"self_attn.{x}_norm.weight"] = ((norm,), tensor.same(H))
+    entries["self_attn.o_proj.weight"] = (("attention.o_NHD",), tensor.from_heads(N, H, D))
+    if "out" in config.bias:
+        entries["self_attn.o_proj.bias"] = (("attention.o_bias_D",), tensor.same(D))
+    for x, shape in (("gate", (D, F)), ("up", (D, F)), ("down", (F, D))):
+        dims = "FD" if x == "down" else "DF"
+        entries[f"mlp.{x}_proj.weight"] = ((f"mlp.{x}_{dims}",), tensor.transposed(*shape))
+        if "mlp" in config.bias:
+            bias = f"mlp.{x}_bias_{dims[1]}"
+            entries[f"mlp.{x}_proj.bias"] = ((bias,), tensor.same(shape[1]))
+    whole = [
+        Tensor("model.embed_tokens.weight", ("embedding_VD",), None, tensor.same(V, D)),
+        *per_layer(config, "model.layers", entries),
+        Tensor("model.norm.weight", ("final_norm.scale_D",), None, tensor.same(D)),
+    ]
+    if not config.tied_head:
+        whole.append(Tensor("lm_head.weight", ("head_VD",), None, tensor.same(V, D)))
+    return whole

@@ -1,0 +1,142 @@
+"""`Rope` from and to what config.json says of it, in the spelling of every version."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from core.config import UserError
+from model.families.attributes import Attributes
+from model.rope import Rope
+
+# rope_scaling of older files beside rope_theta; rope_parameters holds both in newer ones.
+DEFAULTS = {"rope_theta": None, "rope_scaling": None, "rope_parameters": None}
+KINDS = {"default": "none", "su": "longrope"}
+KINDS |= {kind: kind for kind in ("linear", "dynamic", "yarn", "llama3", "longrope")}
+FIELDS = {  # of each kind, beside rope_type and rope_theta
+    "none": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),  # its original context is max_position_embeddings
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+    "llama3": (
+        "factor",
+        "original_max_position_embeddings",
+        "low_freq_factor",
+        "high_freq_factor",
+    ),
+    "longrope": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "short_factor",
+        "long_factor",
+    ),
+}
+
+
+def read(attributes: Attributes, context: int, theta: float = 10_000.0) -> Rope:
+    """The one rotary embedding of a model; `context` is max_position_embeddings."""
+    given = attributes["rope_parameters"] or attributes["rope_scaling"] or {}
+    return parse({"rope_theta": attributes["rope_theta"] or theta, **given}, context)
+
+
+def parse(given: Mapping[str, Any], context: int) -> Rope:
+    """The rotary embedding of one dict of rope_parameters; UserError names what is not known."""
+    given = {name: value for name, value in given.items() if value is not None}
+    base = float(given.pop("rope_theta"))
+    name = given.pop("rope_type", given.pop("type", "default"))
+    given.pop("type", None)
+    if name not in KINDS:
+        raise UserError(f"config.json: rope_type={name!r} is none of {', '.join(KINDS)}")
+    kind = KINDS[name]
+    partial = given.pop("partial_rotary_factor", 1.0)
+    unknown = [field for field in given if field not in FIELDS[kind]]
+    if unknown or partial != 1:
+        field = unknown[0] if unknown else "partial_rotary_factor"
+        raise UserError(
+            f"config.json: {field}={given.get(field, partial)!r} is not supported with "
+            f"rope_type={name!r}"
+        )
+    if kind == "none":
+        return Rope(base)
+    original = given.get("original_max_position_embeddings", context)
+    if kind == "longrope":
+        return _longrope(base, given, original, context)
+    if "factor" not in given:
+        raise UserError(f"config.json: rope_type={name!r} has no factor")
+    factor = float(given["factor"])
+    if kind == "linear":
+        return Rope(base, "linear", factor)
+    if kind == "dynamic":
+        return Rope(base, "dynamic", factor, context)
+    if kind == "llama3":
+        turns = float(given["low_freq_factor"]), float(given["high_freq_factor"])
+        return Rope(base, "llama3", factor, original, *turns)
+    turns = float(given.get("beta_slow", 1)), float(given.get("beta_fast", 32))
+    truncate = given.get("truncate", True)
+    return Rope(base, "yarn", factor, original, *turns, truncate, _yarn_magnitude(given, factor))
+
+
+def _yarn_magnitude(given: Mapping[str, Any], factor: float) -> float:
+    """0.1 ln(factor) + 1 (arXiv 2309.00071, section 3.4), or DeepSeek's ratio of two such."""
+
+    def of(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+    if "attention_factor" in given:
+        return float(given["attention_factor"])
+    if given.get("mscale") and given.get("mscale_all_dim"):
+        return of(given["mscale"]) / of(given["mscale_all_dim"])
+    return of(1.0)
+
+
+def _longrope(base: float, given: Mapping[str, Any], original: int, context: int) -> Rope:
+    factor = float(given.get("factor", context / original))
+    magnitude = 1.0  # sqrt(1 + ln(factor) / ln(original)): arXiv 2402.13753, section 3.3
+    if factor > 1:
+        magnitude = math.sqrt(1 + math.log(factor) / math.log(original))
+    divisors = (tuple(map(float, given[name])) for name in ("short_factor", "long_factor"))
+    short, long = divisors
+    magnitude = float(given.get("attention_factor", magnitude))
+    fields = dict(magnitude=magnitude, short=short, long=long)
+    return Rope(base, "longrope", factor, original, **fields)
+
+
+def context(rope: Rope, context: int) -> int:
+    """Tokens that a model is meant for: a dynamic one's max_position_embeddings is less."""
+    return int(rope.original * rope.factor) if rope.scaling == "dynamic" else context
+
+
+def write(rope: Rope | None) -> dict[str, Any]:
+    """What every version reads: rope_theta, rope_scaling, and the context if it is another."""
+    if rope is None:
+        return {}
+    found = {"rope_theta": rope.base, "rope_scaling": _scaling(rope)}
+    if rope.scaling == "dynamic":
+        found["max_position_embeddings"] = rope.original
+    return found
+
+
+def _scaling(rope: Rope) -> dict[str, Any] | None:
+    if rope.scaling == "none":
+        return None
+    given: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
+    if rope.original and rope.scaling != "dynamic":
+        given["original_max_position_embeddings"] = rope.original
+    if rope.scaling in ("yarn", "longrope"):
+        given["attention_factor"] = rope.magnitude
+    if rope.scaling == "yarn":
+        given |= {"beta_slow": rope.slow, "beta_fast": rope.fast, "truncate": rope.truncate}
+    if rope.scaling == "llama3":
+        given |= {"low_freq_factor": rope.slow, "high_freq_factor": rope.fast}
+    if rope.scaling == "longrope":
+        given |= {"short_factor": list(rope.short), "long_factor": list(rope.long)}
+    return given

@@ -157,7 +157,7 @@ def compiled(name, sizes, length):
         engine = Engine(model, Plan.of(1, length, 0, 32), how=Sampling(temperature=0))
         now = engine.prefill([])  # compiles nothing but the empty cache
         if name == "extend":
-            args = now, *next(engine.chunks(PROMPTS[1:2])), jnp.int32(0)
+            args = now, *next(engine.chunks(PROMPTS[1:2])), np.int32(0)
         else:
             args = engine.start(now, [], [], 8, seed=0), engine.place(np.zeros(1, bool))
             model = engine._decoder

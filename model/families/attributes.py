@@ -9,6 +9,7 @@ from core.config import UserError
 IDLE = {
     "_attn_implementation",
     "_name_or_path",
+    "_sliding_window_pattern",  # layer_types says it
     "architectures",
     "attention_dropout",
     "attn_pdrop",

@@ -21,25 +21,33 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from core import tree
+from core import lazy, tree
 from core.config import Experiment, Section, UserError, from_json
 
 log = logging.getLogger("cakrawala")
 
 CONFIG, TOKENIZER, FILES = "config.json", "tokenizer", "files.json"
+DAY = 24 * 60 * 60
 
 
 class Bundle:
     """Saves and restores the steps of one directory. Close it: saving goes on behind it."""
 
-    def __init__(self, path: str | Path, keep: int | None = None):
-        """Opens a bundle; `keep` newest steps survive a save (None: all)."""
+    def __init__(self, path: str | Path, keep: int | None = None, lazily: bool = False):
+        """Opens a bundle; `keep` newest steps survive a save (None: all).
+
+        `lazily` saves a model of `lazy.Lazy` leaves, which may take as long as it takes.
+        """
         self.path = Path(path).absolute()
         if not (self.path / CONFIG).is_file():
             raise UserError(f"{path} is no bundle: it has no {CONFIG}; train one, or name another")
         self._keep = keep
         self._saving: int | None = None
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        lazies = {"model": lazy.handler(), "data": ocp.JsonCheckpointHandler()}
+        handlers = lazies if lazily else {}
+        self._checkpointer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(**handlers), timeout_secs=DAY if lazily else None
+        )
 
     def config(self, **classes: type[Section]) -> Experiment:
         """The experiment, with the sections named here, as `config(model=ModelConfig)`."""
@@ -121,7 +129,7 @@ class Bundle:
         args = {}
         for name, item in abstract.items():
             leaves = {path: _concrete(leaf) for path, leaf in tree.named_leaves(item).items()}
-            self._check_shapes(step, name, leaves)
+            self.check_shapes(step, name, leaves)
             args[name] = ocp.args.PyTreeRestore(
                 leaves, restore_args=ocp.checkpoint_utils.construct_restore_args(leaves)
             )
@@ -132,7 +140,8 @@ class Bundle:
         items = {name: tree.with_leaves(abstract[name], restored[name]) for name in abstract}
         return {**items, "data": restored["data"]}
 
-    def _check_shapes(self, step: int, item: str, leaves: dict[str, jax.ShapeDtypeStruct]) -> None:
+    def check_shapes(self, step: int, item: str, leaves: dict[str, jax.ShapeDtypeStruct]) -> None:
+        """UserError unless the step has these parameters."""
         saved = ocp.PyTreeCheckpointHandler().metadata(self.path / str(step) / item)
         shapes = {path: tuple(m.shape) for path, m in saved.tree.items()}
         for path, leaf in leaves.items():

@@ -7,12 +7,13 @@
 """
 
 import ast
+import contextlib
 import dataclasses
 import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,21 @@ def run(
     `classes` are the sections that the command needs; `doc` is what `--help` prints first;
     `start` readies the devices.
     """
-    _log_to_stderr()
+    log_to_stderr()
     if any(arg in ("-h", "--help") for arg in sys.argv[1:]):
         print(help_text(doc, classes))
         return
-    try:
+    with user_errors():
         experiment = parse(sys.argv[1:], classes)
         start(experiment)
         main(experiment)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """A UserError prints its message alone and exits with 2."""
+    try:
+        yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -58,7 +66,7 @@ def run(
         sys.exit(1)
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
     """Our own log lines as they are; other libraries keep theirs."""
     log = logging.getLogger("cakrawala")
     log.setLevel(logging.INFO)

@@ -1,0 +1,193 @@
+"""Public checkpoints in and out: a Hugging Face directory of safetensors, and a bundle.
+
+    python -m model.convert --from_hf TinyLlama-1.1B --to_bundle runs/tinyllama
+    python -m infer.decode --config=configs/quickstart.py --config.decode.checkpoint=runs/tinyllama
+
+Tensor by tensor: the model is never whole in memory. What is written gets its name when it is
+complete; nothing is overwritten. --dtype casts; else a bundle has the checkpoint's dtype
+(float16 or mixed become float32, which holds them) and an export the bundle's.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from core import backend, checkpoint, cli
+from core.checkpoint import Bundle, write_text
+from core.config import Experiment, UserError, to_json
+from model import checkpoint_files, families, hf_export, hf_import
+from model.checkpoint_files import CONFIG
+from model.config import ModelConfig
+from model.families.tensor import Tensor
+from model.hf_import import Done
+
+log = logging.getLogger("cakrawala")
+
+PARTIAL = ".partial"  # ends the name of what is not complete
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+def from_hf(directory: Path, target: Path, dtype: str | None = None) -> None:
+    """Imports a directory of safetensors as a bundle with one step."""
+    began = time.perf_counter()
+    source = checkpoint_files.find(directory)
+    codes = sorted({entry.code for entry in source.entries.values()})
+    dtype = dtype or source.config.param_dtype
+    config = dataclasses.replace(source.config, param_dtype=dtype)
+    source = source._replace(config=config)
+    with created(target) as partial:
+        log.info("%s is %s: the bundle has %s", directory, " and ".join(codes), dtype)
+        experiment = Experiment(name=target.name, model=config)
+        checkpoint.create(partial, to_json(experiment), None)
+        copy_tokenizer(directory, partial / checkpoint.TOKENIZER)
+        with progress("importing", len(source.tensors)) as done:
+            hf_import.save(source, partial, done)
+    report(directory, target, source.tensors, dtype, began)
+
+
+def from_bundle(
+    directory: Path, target: Path, dtype: str | None, shard_gb: float, step: int | None = None
+) -> None:
+    """Exports a step of a bundle as a directory of safetensors."""
+    began = time.perf_counter()
+    bundle = Bundle(directory)
+    try:
+        config, step = bundle.config(model=ModelConfig).model, bundle.choose(step)
+        bundle.check_shapes(step, "model", hf_import.shapes(config))
+    finally:
+        bundle.close()
+    config_json, tensors = families.write(config), families.tensors(config)
+    dtype = dtype or config.param_dtype
+    with created(target) as partial:
+        log.info("step %d of %s is written as %s", step, directory, dtype)
+        if bundle.tokenizer:
+            copy_tokenizer(bundle.tokenizer, partial)
+        with progress("exporting", len(tensors)) as done:
+            where = bundle.path / str(step)
+            hf_export.save(where, tensors, partial, jnp.dtype(dtype), shard_gb * 1e9, done)
+        text = json.dumps({**config_json, "torch_dtype": dtype}, indent=2) + "\n"
+        write_text(partial / CONFIG, text)
+    report(directory, target, tensors, dtype, began)
+
+
+@contextlib.contextmanager
+def created(target: Path) -> Iterator[Path]:
+    """A directory to fill, which gets the name `target` if nothing goes wrong."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target} is there already: name another, or remove it")
+    partial = target.with_name(target.name + PARTIAL)
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(
+            f"{partial} is left of a conversion that was cut off, or of one that still runs: "
+            "remove it, or name another target"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}") from None
+    try:
+        yield partial
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies what a tokenizer is made of, if there is any; `target` is made for it."""
+    for path in (source / name for name in TOKENIZER_FILES):
+        if path.is_file():
+            target.mkdir(exist_ok=True)
+            shutil.copyfile(path, target / path.name)
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int) -> Iterator[Done]:
+    """A bar on stderr that moves with each tensor."""
+    console = Console(stderr=True)
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[t]}"),
+    )
+    bar = Progress(TextColumn(title), *columns, console=console, disable=not console.is_terminal)
+    task = bar.add_task("", total=total, t="")
+    with bar:
+        yield lambda name: bar.update(task, advance=1, t=name)
+
+
+def report(source: Path, target: Path, tensors: list[Tensor], dtype: str, began: float) -> None:
+    """The summary on stdout."""
+    elements = sum(math.prod(tensor.layout.shape) for tensor in tensors)
+    print(
+        f"{source} -> {target}: {len(tensors)} tensors, {elements:,} parameters "
+        f"in {dtype}, {time.perf_counter() - began:.1f} s"
+    )
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes on the command line are UserErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help shows an example")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, one direction or the other."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m model.convert", description=__doc__, formatter_class=form)
+    parser.add_argument("--from_hf", type=Path, metavar="DIR", help="a checkpoint's directory")
+    parser.add_argument("--to_bundle", type=Path, metavar="DIR", help="the bundle to make of it")
+    parser.add_argument("--from_bundle", type=Path, metavar="DIR", help="a bundle")
+    parser.add_argument("--to_hf", type=Path, metavar="DIR", help="the directory to make of it")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="cast parameters to it")
+    parser.add_argument("--step", type=int, help="of the bundle; the newest complete one")
+    parser.add_argument("--shard_gb", type=float, default=2.0, help="largest file of an export (2)")
+    args = parser.parse_args(argv)
+    inward, outward = (args.from_hf, args.to_bundle), (args.from_bundle, args.to_hf)
+    chosen = [pair for pair in (inward, outward) if any(pair)]
+    if len(chosen) != 1 or not all(chosen[0]):
+        parser.error("give --from_hf DIR --to_bundle DIR, or --from_bundle DIR --to_hf DIR")
+    if args.shard_gb <= 0:
+        parser.error(f"--shard_gb={args.shard_gb} must be more than 0")
+    return args
+
+
+def main(argv: Sequence[str]) -> None:
+    """Converts as the arguments say."""
+    args = parse(argv)
+    backend.prepare(simulate=1)  # values stay on the host
+    if args.from_hf:
+        from_hf(args.from_hf, args.to_bundle.absolute(), args.dtype)
+    else:
+        target = args.to_hf.absolute()
+        from_bundle(args.from_bundle, target, args.dtype, args.shard_gb, args.step)
+
+
+if __name__ == "__main__":
+    cli.log_to_stderr()
+    with cli.user_errors():
+        main(sys.argv[1:])

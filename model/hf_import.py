@@ -1,0 +1,110 @@
+"""A checkpoint's tensors as our parameters: into a bundle, or straight onto a mesh.
+
+    save(source, "runs/tinyllama")                  # no device is needed
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        model = load("TinyLlama-1.1B", prefilling())
+
+One tensor at a time is read; on a mesh each device holds its own shards alone.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from core import sharding, tree
+from core.checkpoint import Bundle
+from core.lazy import Lazy
+from core.sharding import MeshConfig, Rules
+from model import checkpoint_files, transformer
+from model.checkpoint_files import Source
+from model.config import ModelConfig
+from model.families.tensor import Tensor
+from model.transformer import Transformer
+
+Done = Callable[[str], None]  # told the name of a tensor that is done with
+STEP = 0  # of the bundle
+
+
+def plan(tensors: list[Tensor]) -> dict[str, list[tuple[Tensor, int]]]:
+    """For each parameter the tensors that hold it, by layer, and its place in `params`."""
+    found: dict[str, list[tuple[Tensor, int]]] = {}
+    for tensor in tensors:
+        for i, name in enumerate(tensor.params):
+            found.setdefault(name, []).append((tensor, i))
+    for parts in found.values():
+        parts.sort(key=lambda part: -1 if part[0].layer is None else part[0].layer)
+    return found
+
+
+def parts(
+    source: Source, name: str, done: Done = lambda name: None
+) -> Iterator[tuple[int | None, np.ndarray]]:
+    """The parameter `name`, layer by layer as (layer, values), or at once as (None, values)."""
+    for tensor, i in plan(source.tensors)[name]:
+        yield tensor.layer, checkpoint_files.part(tensor, i, source)
+        if i == len(tensor.params) - 1:
+            done(tensor.name)
+
+
+def shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of each parameter."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        return tree.named_leaves(transformer.abstract(config, sharding.whole()))
+
+
+def save(source: Source, path: Path, done: Done) -> None:
+    """Writes the one step of a bundle that is there without steps."""
+    leaves = {
+        name: Lazy(leaf.shape, leaf.dtype, functools.partial(parts, source, name, done))
+        for name, leaf in shapes(source.config).items()
+    }
+    assert leaves.keys() == plan(source.tensors).keys(), "a family does not name our parameters"
+    bundle = Bundle(path, lazily=True)
+    try:
+        bundle.save(STEP, {"model": leaves}, {})
+        bundle.wait()
+    finally:
+        bundle.close()
+
+
+def load(directory: str | Path, rules: Rules) -> Transformer:
+    """The model of a checkpoint's directory on the mesh in use, in the checkpoint's dtype."""
+    source = checkpoint_files.find(directory)
+    abstract = transformer.abstract(source.config, rules)
+    leaves = {
+        name: _placed(leaf, parts(source, name))
+        for name, leaf in tree.named_leaves(abstract).items()
+    }
+    return tree.with_leaves(abstract, leaves)
+
+
+def _placed(
+    leaf: jax.ShapeDtypeStruct, parts: Iterator[tuple[int | None, np.ndarray]]
+) -> jax.Array:
+    """A parameter put together on the devices, layer by layer."""
+    mesh, spec = jax.sharding.get_mesh(), leaf.sharding.spec
+    stacked = None
+    for layer, values in parts:
+        of_part = spec if layer is None else PartitionSpec(*spec[1:])
+        part = jax.make_array_from_callback(
+            values.shape,
+            jax.sharding.NamedSharding(mesh, of_part),
+            lambda index, values=values: values[index].astype(leaf.dtype, copy=False),
+        )
+        if layer is None:
+            return part
+        if stacked is None:
+            stacked = jnp.zeros(leaf.shape, leaf.dtype, out_sharding=spec)
+        stacked = _insert(stacked, part, layer)
+    return stacked
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert(stacked: jax.Array, part: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stacked, part, layer, 0)

@@ -63,7 +63,7 @@ class Engine:
         self.model, self.plan, self._how = model, plan, how
         # The same weights, under the rules by which new tokens come one at a time.
         one_by_one = transformer.abstract(model.config, sharding.decoding())
-        self._decoder = tree.with_leaves(one_by_one, tree.named_leaves(model))
+        self.decoder = tree.with_leaves(one_by_one, tree.named_leaves(model))
         static = dict(
             how=how,
             eos=tokenizer.eos if tokenizer else -1,
@@ -159,7 +159,7 @@ class Engine:
         self, state: State, stopped_B: np.ndarray
     ) -> tuple[State, tuple[jax.Array, jax.Array, jax.Array]]:
         """One call of the decode loop, under way when this returns; `state` is used up."""
-        state, *out = self._run("advance", self._decoder, state, self.place(stopped_B.copy()))
+        state, *out = self._run("advance", self.decoder, state, self.place(stopped_B.copy()))
         return state, tuple(out)
 
     def decode(

@@ -83,6 +83,20 @@ def run_chunk(
     return hidden_BTD, at_BT, kv
 
 
+def feed(
+    model: Transformer,
+    now: Prefilled,
+    token_B: jax.Array,
+    position_B: jax.Array,
+    active_B: jax.Array,
+    length_B: jax.Array,
+) -> Prefilled:
+    """One token more in each active row, whose text comes to `length_B` tokens at most."""
+    at_B1, active_B1 = position_B[:, None], active_B[:, None].astype(jnp.int32)
+    last_B1D, kv = model(token_B[:, None], at_B1, active_B1, now.cache, length_B)
+    return Prefilled(kv, last_B1D[:, 0])
+
+
 def advance(
     model: Transformer,
     state: State,
@@ -154,19 +168,16 @@ def _add(
 ) -> State:
     """The state with one more token in each active row."""
     position_B = state.length_B + state.made_B
-    active_B1 = active_B[:, None].astype(jnp.int32)
-    token_B1 = token_B[:, None]
     length_B = state.length_B + state.limit_B
-    at_B1 = position_B[:, None]
-    last_B1D, kv = model(token_B1, at_B1, active_B1, state.prefilled.cache, length_B)
+    prefilled = feed(model, state.prefilled, token_B, position_B, active_B, length_B)
     made_B = state.made_B + active_B
     counts = state.counts
     if counts is not None:
-        hit_BV = jnp.arange(counts.output_BV.shape[1])[None, :] == token_B1
+        hit_BV = jnp.arange(counts.output_BV.shape[1])[None, :] == token_B[:, None]
         counts = counts._replace(output_BV=counts.output_BV + (hit_BV & active_B[:, None]))
     return dataclasses.replace(
         state,
-        prefilled=Prefilled(kv, last_B1D[:, 0]),
+        prefilled=prefilled,
         made_B=made_B,
         done_B=state.done_B | (token_B == eos) | (made_B >= state.limit_B),
         counts=counts,

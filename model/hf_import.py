@@ -7,9 +7,11 @@
 One tensor at a time is read; on a mesh each device holds its own shards alone.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,9 +75,13 @@ def save(source: Source, path: Path, done: Done) -> None:
         bundle.close()
 
 
-def load(directory: str | Path, rules: Rules) -> Transformer:
-    """The model of a checkpoint's directory on the mesh in use, in the checkpoint's dtype."""
+def load(directory: str | Path, rules: Rules, **fields: Any) -> Transformer:
+    """The model of a checkpoint's directory on the mesh in use, in the checkpoint's dtype.
+
+    `fields` replace those of the config, as `dtype`, in which it computes.
+    """
     source = checkpoint_files.find(directory)
+    source = source._replace(config=dataclasses.replace(source.config, **fields))
     abstract = transformer.abstract(source.config, rules)
     leaves = {
         name: _placed(leaf, parts(source, name))

@@ -160,7 +160,7 @@ def compiled(name, sizes, length):
             args = now, *next(engine.chunks(PROMPTS[1:2])), np.int32(0)
         else:
             args = engine.start(now, [], [], 8, seed=0), engine.place(np.zeros(1, bool))
-            model = engine._decoder
+            model = engine.decoder
         return engine._jitted[name].lower(model, *args).compile()
 
 

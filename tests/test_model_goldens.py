@@ -1,0 +1,97 @@
+"""Every family is itself: logits against transformers' (golden/make.py), to 1e-4 in float32."""
+
+import functools
+
+import family_cases as cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_mesh
+from family_cases import PROMPT
+
+from core import sharding
+from infer import steps
+from infer.engine import Engine, Plan
+from model import hf_import
+
+ONE, MESH = (1, 1, 1), (2, 2, 2)
+LIMIT = 1e-4
+# On the mesh: each kind of block, of positions, of fused tensors; as many kv heads as shards and
+# fewer; windows; RoPE by the length of the text.
+SHARDED = ("gpt2", "llama-dynamic", "falcon-7b", "falcon-40b", "falcon-rw", "gemma-1", "gemma-3")
+
+
+@functools.cache
+def opened(name, sizes, rules, folder):
+    directory = folder / name
+    if not directory.exists():
+        cases.write(name, folder)
+    return hf_import.load(directory, rules, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+def full_forward(name, sizes, folder):
+    """Logits [B, T, V] in one pass, sharded as in training."""
+    tokens = cases.golden(name).tokens
+    rules = sharding.training()
+    with jax.set_mesh(make_mesh(sizes)):
+        model = opened(name, sizes, rules, folder)
+        positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+        place = rules("batch", "length")
+        args = (jax.device_put(x, place) for x in (tokens, positions, np.ones_like(tokens)))
+        return np.asarray(jax.jit(lambda model, *args: model.logits(model(*args)[0]))(model, *args))
+
+
+def through_the_cache(name, sizes, folder):
+    """Logits [B, new + 1, V] of the last token of the prompt, which is read in chunks, and after."""
+    tokens = cases.golden(name).tokens
+    B, T = tokens.shape
+    with jax.set_mesh(make_mesh(sizes)):
+        model = opened(name, sizes, sharding.prefilling(), folder)
+        engine = Engine(model, Plan.of(B, PROMPT, T - PROMPT, 8))
+        length_B = engine.place(np.full(B, T, np.int32))
+
+        @jax.jit
+        def decode(model, now, tokens_BT):
+            def step(now, at):
+                token_B = tokens_BT[:, at]
+                logits_BV = model.logits(now.last_BD[:, None])[:, 0]
+                at_B = token_B * 0 + at
+                return steps.feed(model, now, token_B, at_B, at_B > 0, length_B), logits_BV
+
+            now, logits_CBV = jax.lax.scan(step, now, jnp.arange(PROMPT, T))
+            return jnp.moveaxis(logits_CBV, 0, 1), model.logits(now.last_BD[:, None])
+
+        now = engine.prefill([row[:PROMPT] for row in tokens])
+        parts = decode(engine.decoder, now, engine.place(tokens))
+        return np.concatenate([np.asarray(part) for part in parts], axis=1)
+
+
+def assert_is_itself(name, sizes, folder):
+    golden = cases.golden(name)
+    full = full_forward(name, sizes, folder)
+    assert np.abs(full - golden.logits).max() < LIMIT
+    cached = through_the_cache(name, sizes, folder)
+    assert np.abs(cached - golden.logits[:, PROMPT - 1 :]).max() < LIMIT
+    np.testing.assert_array_equal(cached[:, :-1].argmax(-1), golden.tokens[:, PROMPT:])
+
+
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_logits_and_greedy_tokens_are_those_of_transformers(name, folder):
+    assert_is_itself(name, ONE, folder)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_they_are_on_a_mesh(name, folder):
+    assert_is_itself(name, MESH, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*cases.NAMES} - {*SHARDED}))
+def test_every_other_is_on_a_mesh(name, folder):
+    assert_is_itself(name, MESH, folder)

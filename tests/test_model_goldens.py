@@ -48,7 +48,7 @@ def full_forward(name, sizes, folder):
 
 
 def through_the_cache(name, sizes, folder):
-    """Logits [B, new + 1, V] of the last token of the prompt, which is read in chunks, and after."""
+    """Logits [B, new + 1, V] of the last token of the prompt, read in chunks, and of the new."""
     tokens = cases.golden(name).tokens
     B, T = tokens.shape
     with jax.set_mesh(make_mesh(sizes)):

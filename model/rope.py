@@ -78,7 +78,7 @@ def frequencies(rope: Rope, head_dim: int, length_B: jax.Array | None = None) ->
         # NTK-aware: the longest wavelength grows as the text does, the shortest stays.
         over_B = jnp.maximum(length_B, rope.original).astype(jnp.float32) / rope.original
         growth_B = (rope.factor * over_B - (rope.factor - 1)) ** (head_dim / (head_dim - 2))
-        return jnp.float32(plain) * growth_B[:, None] ** -jnp.float32(exponents)
+        return jnp.float32(plain)[None] * growth_B[:, None] ** -jnp.float32(exponents)[None]
     if rope.scaling == "longrope":
         if len(rope.long) != head_dim // 2:
             raise UserError(

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from core.config import UserError
 from model.attention.spec import AttentionSpec
 from model.config import ModelConfig
 from model.families import tensor
@@ -42,7 +43,12 @@ def write_sizes(config: ModelConfig) -> dict[str, Any]:
 def pattern(
     layer_types: list[str], specs: Mapping[str, AttentionSpec]
 ) -> tuple[AttentionSpec, ...]:
-    """The shortest pattern that repeats to these layers."""
+    """The shortest pattern that repeats to these layers; UserError names a type not in `specs`."""
+    for kind in layer_types:
+        if kind not in specs:
+            raise UserError(
+                f"config.json: layer_types has {kind!r}; supported are {', '.join(specs)}"
+            )
     layers = tuple(specs[kind] for kind in layer_types)
     return next(
         layers[:n]

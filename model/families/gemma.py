@@ -32,6 +32,8 @@ LAYERS = dict(
     query_pre_attn_scalar=256,
     final_logit_softcapping=30.0,
     attn_logit_softcapping=50.0,
+    hidden_act=None,  # hidden_activation says it, and sliding_window the next
+    sliding_window_size=None,
 )
 GEMMA1 = dict(hidden_size=3072, intermediate_size=24_576, num_hidden_layers=28)
 GEMMA3 = dict(vocab_size=262_208, max_position_embeddings=131_072)

@@ -22,9 +22,11 @@ def inputs(dtype="float32", seed=0):
     return jnp.asarray(hidden_BTD, dtype), jnp.asarray(table_VD, dtype), targets_BT, weights_BT
 
 
-def plain(hidden_BTD, table_VD, targets_BT, weights_BT, z_loss):
+def plain(hidden_BTD, table_VD, targets_BT, weights_BT, z_loss, softcap=0.0):
     """The definition, with all logits."""
     logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, table_VD, preferred_element_type=jnp.float32)
+    if softcap:
+        logits_BTV = softcap * jnp.tanh(logits_BTV / softcap)
     lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     logp_BTV = jax.nn.log_softmax(logits_BTV)
     nll_BT = -jnp.take_along_axis(logp_BTV, targets_BT[..., None], axis=-1)[..., 0]
@@ -38,21 +40,22 @@ def place(arrays, rules):
     return [jax.device_put(x, spec) for x, spec in zip(arrays, specs, strict=True)]
 
 
-def both(arrays, z_loss, scale=1.0):
+def both(arrays, z_loss, scale=1.0, softcap=0.0):
     """((loss, nll), gradients) of the fused loss times `scale`, on the mesh in use."""
     rules = sharding.training()
 
     def scaled(hidden_BTD, table_VD, *rest):
-        value, nll = loss.next_token_loss(hidden_BTD, table_VD, *rest, z_loss=z_loss, rules=rules)
+        how = dict(z_loss=z_loss, softcap=softcap, rules=rules)
+        value, nll = loss.next_token_loss(hidden_BTD, table_VD, *rest, **how)
         return value * scale, nll
 
     with_grad = jax.jit(jax.value_and_grad(scaled, argnums=(0, 1), has_aux=True))
     return with_grad(*place(arrays, rules))
 
 
-def expected(arrays, z_loss, scale=1.0):
+def expected(arrays, z_loss, scale=1.0, softcap=0.0):
     def scaled(*arrays):
-        value, nll = plain(*arrays, z_loss)
+        value, nll = plain(*arrays, z_loss, softcap)
         return value * scale, nll
 
     return jax.value_and_grad(scaled, argnums=(0, 1), has_aux=True)(*arrays)
@@ -60,14 +63,14 @@ def expected(arrays, z_loss, scale=1.0):
 
 @pytest.mark.parametrize("sizes", MESHES)
 @pytest.mark.parametrize("chunk", [5, 1024])
-@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_equals_the_plain_loss(monkeypatch, sizes, chunk, z_loss):
+@pytest.mark.parametrize(("z_loss", "softcap"), [(0.0, 0.0), (1e-2, 0.0), (1e-2, 3.0)])
+def test_equals_the_plain_loss(monkeypatch, sizes, chunk, z_loss, softcap):
     """5 divides the rows of no shard, so the last chunk is padded."""
     monkeypatch.setattr(loss, "CHUNK", chunk)
     arrays = inputs()
-    (want, want_nll), want_grads = expected(arrays, z_loss, 0.3)
+    (want, want_nll), want_grads = expected(arrays, z_loss, 0.3, softcap)
     with jax.set_mesh(make_mesh(sizes)):
-        (value, nll), grads = both(arrays, z_loss, 0.3)
+        (value, nll), grads = both(arrays, z_loss, 0.3, softcap)
     assert_close(value, want, "model", what="loss")
     assert_close(nll, want_nll, "model", what="nll")
     for name, actual, wanted in zip(("hidden", "table"), grads, want_grads, strict=True):

@@ -28,6 +28,11 @@ ACTIVATIONS = {
 }
 
 
+def unit_rms(x32: jax.Array, eps: float) -> jax.Array:
+    """x over the root of its mean square along the last dim."""
+    return x32 * jax.lax.rsqrt(jnp.square(x32).mean(axis=-1, keepdims=True) + eps)
+
+
 class Norm(nnx.Module):
     """RMSNorm (arXiv 1910.07467) or LayerNorm over the last dim, in float32."""
 
@@ -41,7 +46,7 @@ class Norm(nnx.Module):
         x32 = x.astype(jnp.float32)
         if self.bias_D is not None:
             x32 = x32 - x32.mean(axis=-1, keepdims=True)
-        x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(axis=-1, keepdims=True) + self.eps)
+        x32 = unit_rms(x32, self.eps)
         rank = (1,) * (x.ndim - 1)
         scale_D = self.offset + self.scale_D[...].astype(jnp.float32)
         x32 = x32 * scale_D.reshape(*rank, -1)
@@ -56,18 +61,19 @@ class Attention(nnx.Module):
     def __init__(self, make: Maker, spec: AttentionSpec):
         config, rules = make.config, make.rules
         self.config, self.rules, self.spec = config, rules, spec
-        D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        D, N = config.embed_dim, config.num_heads
+        K, H = config.kv_shape(spec)
         heads = ("embed", "heads", "head_dim")
         kv_heads = ("embed", "kv_heads" if self.kv_repeats == 1 else None, "head_dim")
         self.q_DNH = make.normal(0, (D, N, H), heads)
         self.k_DKH = make.normal(1, (D, K, H), kv_heads)
-        self.v_DKH = make.normal(2, (D, K, H), kv_heads)
+        self.v_DKH = None if spec.shared_kv else make.normal(2, (D, K, H), kv_heads)
         depth = (2 * config.num_layers) ** -0.5  # keeps the residual's variance (GPT-2)
         self.o_NHD = make.normal(3, (N, H, D), ("heads", "head_dim", "embed"), depth)
         biased = "qkv" in config.bias
         self.q_bias_NH = make.zeros((N, H), heads[1:]) if biased else None
         self.k_bias_KH = make.zeros((K, H), kv_heads[1:]) if biased else None
-        self.v_bias_KH = make.zeros((K, H), kv_heads[1:]) if biased else None
+        self.v_bias_KH = make.zeros((K, H), kv_heads[1:]) if biased and not spec.shared_kv else None
         self.o_bias_D = make.zeros((D,), (None,)) if "out" in config.bias else None
         self.q_norm = Norm(make, H, config.norm) if config.qk_norm else None
         self.k_norm = Norm(make, H, config.norm) if config.qk_norm else None
@@ -77,7 +83,8 @@ class Attention(nnx.Module):
     @property
     def kv_repeats(self) -> int:
         """Copies of each K/V head, so that every shard of the heads has one of its own."""
-        return max(1, self.rules.size("act_heads") // self.config.num_kv_heads)
+        K, _ = self.config.kv_shape(self.spec)
+        return max(1, self.rules.size("act_heads") // K)
 
     def _heads(self) -> Heads:
         sink_N = None if self.sink_N is None else self.sink_N[...].astype(jnp.float32)
@@ -97,13 +104,17 @@ class Attention(nnx.Module):
         rules = self.rules
         q_BTNH = add(project("BTD,DNH->BTNH", x_BTD, self.q_DNH[...]), self.q_bias_NH)
         k_BTKH = add(project("BTD,DKH->BTKH", x_BTD, self.k_DKH[...]), self.k_bias_KH)
-        v_BTKH = add(project("BTD,DKH->BTKH", x_BTD, self.v_DKH[...]), self.v_bias_KH)
+        v_BTKH = k_BTKH
+        if self.v_DKH is not None:
+            v_BTKH = add(project("BTD,DKH->BTKH", x_BTD, self.v_DKH[...]), self.v_bias_KH)
+        if self.config.value_norm:
+            v_BTKH = unit_rms(v_BTKH.astype(jnp.float32), self.config.norm_eps).astype(x_BTD.dtype)
         if self.q_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if cos_sin is not None:
             q_BTNH, k_BTKH = rope.rotate(q_BTNH, cos_sin), rope.rotate(k_BTKH, cos_sin)
         if self.config.query_scale:  # kernels scale by head_dim^-0.5
-            q_BTNH = q_BTNH * (self.config.query_scale * self.config.head_dim**0.5)
+            q_BTNH = q_BTNH * (self.config.query_scale * q_BTNH.shape[-1] ** 0.5)
         if self.kv_repeats > 1:
             sharding = rules("batch", "length", "act_kv_heads", None)
             k_BTKH, v_BTKH = (
@@ -133,7 +144,7 @@ class Branches(nnx.Module):
         self.config, self.rules, self.spec = make.config, make.rules, spec
         D, N = make.config.embed_dim, make.config.num_heads
         self.gates_DN3 = make.normal(7, (D, N, 3), ("embed", "heads", None))
-        self.keys, self.values = (Compressor(make, spec.compress, index) for index in (8, 11))
+        self.keys, self.values = (Compressor(make, spec, index) for index in (8, 11))
 
     def __call__(
         self, x_BTD: jax.Array, qkv: tuple[jax.Array, ...], at: Where, cache: Stored | None
@@ -149,10 +160,10 @@ class Branches(nnx.Module):
 class Compressor(nnx.Module):
     """The weights of one `nsa.Compressor`."""
 
-    def __init__(self, make: Maker, size: int, index: int):
-        H = make.config.head_dim
+    def __init__(self, make: Maker, spec: AttentionSpec, index: int):
+        _, H = make.config.kv_shape(spec)
         whole = None, None
-        self.place_CH = make.normal(index, (size, H), whole)
+        self.place_CH = make.normal(index, (spec.compress, H), whole)
         self.in_HF = make.normal(index + 1, (H, H), whole)
         self.out_FH = make.normal(index + 2, (H, H), whole)
 
@@ -212,6 +223,7 @@ class Block(nnx.Module):
         self.mlp_norm = norm(kind != "parallel")
         self.mlp = MLP(make)
         self.mlp_post_norm = norm(kind == "sandwich")
+        self.scale_1 = make.constant(1.0, 1) if make.config.layer_scale else None
 
     def __call__(
         self,
@@ -227,12 +239,13 @@ class Block(nnx.Module):
             if self.attention_post_norm is not None:
                 out_BTD = self.attention_post_norm(out_BTD)
         with jax.named_scope("mlp"):
-            if self.kind == "parallel":
-                return x_BTD + out_BTD + self.mlp(normed_BTD), kv
-            if self.kind == "parallel_norms":
-                return x_BTD + out_BTD + self.mlp(self.mlp_norm(x_BTD)), kv
-            x_BTD = x_BTD + out_BTD
-            out_BTD = self.mlp(self.mlp_norm(x_BTD))
+            sum_BTD = x_BTD + out_BTD
+            if self.mlp_norm is not None:
+                normed_BTD = self.mlp_norm(x_BTD if self.kind == "parallel_norms" else sum_BTD)
+            out_BTD = self.mlp(normed_BTD)
             if self.mlp_post_norm is not None:
                 out_BTD = self.mlp_post_norm(out_BTD)
-            return x_BTD + out_BTD, kv
+            x_BTD = sum_BTD + out_BTD
+        if self.scale_1 is not None:
+            x_BTD = x_BTD * self.scale_1[...].astype(x_BTD.dtype).reshape(1, 1, 1)
+        return x_BTD, kv

@@ -178,25 +178,26 @@ def kv_bytes(config: ModelConfig, batch: int, length: int, rules: Rules) -> int:
 
 def create(config: ModelConfig, batch: int, length: int, rules: Rules) -> KVCache:
     """An empty cache for `batch` rows of up to `length` tokens, in the compute dtype."""
-    heads = max(config.num_kv_heads, rules.size("act_kv_heads"))
     kv = rules(None, "batch", "act_kv_heads", "kv_length", None)
-    shards, H = rules.size("kv_length"), config.head_dim
+    shards, dtype = rules.size("kv_length"), config.compute_dtype
 
-    def slot(layers: int, sinks: int, size: int, widths=(H, H), dtype=config.compute_dtype) -> Slot:
+    def slot(layers: int, sinks: int, size: int, K: int, widths: tuple[int, int], dtype) -> Slot:
         size *= shards
-        shape = layers, batch, heads, size
+        shape = layers, batch, max(K, rules.size("act_kv_heads")), size
         k, v = (jnp.zeros((*shape, width), dtype, out_sharding=kv) for width in widths)
         sharding = rules("batch", "kv_length")
         at = jnp.full((batch, size), -1, jnp.int32, out_sharding=sharding)
         return Slot(k, v, at, sinks)
 
     def with_blocks(sizes: tuple[int, int, int], spec: AttentionSpec) -> Slot:
+        K, H = config.kv_shape(spec)
+        tokens = slot(*sizes, K, (H, H), dtype)
         if not spec.top:
-            return slot(*sizes)
+            return tokens
         each = max(1, math.ceil(_blocks(spec, length) / shards))
         # MoBA has means alone, and chooses by them in float32.
-        how = ((H, H), config.compute_dtype) if spec.kind == "nsa" else ((H, 0), jnp.float32)
-        return dataclasses.replace(slot(*sizes), blocks=slot(sizes[0], 0, each, *how))
+        how = ((H, H), dtype) if spec.kind == "nsa" else ((H, 0), jnp.float32)
+        return dataclasses.replace(tokens, blocks=slot(sizes[0], 0, each, K, *how))
 
     specs = [spec for slots, _ in config.stages for spec in slots]
     sizes = slot_sizes(config, length, shards)

@@ -37,7 +37,9 @@ class ModelConfig(Section):
     )
     norm_eps: float = setting(1e-6, "added to the variance", above=0)
     qk_norm: bool = setting(False, "normalise queries and keys of each head")
+    value_norm: bool = setting(False, "RMS-normalise the values of each head, without a scale")
     query_scale: float = setting(0.0, "of attention's scores; 0 is head_dim^-0.5", low=0)
+    layer_scale: bool = setting(False, "what a layer gives is multiplied by a learned number")
     learned_positions: bool = setting(False, "a learned vector a position, up to the context")
     embed_scale: float = setting(1.0, "embeddings are multiplied by it", above=0)
     tied_head: bool = setting(True, "logits from the embedding's own table")
@@ -50,17 +52,20 @@ class ModelConfig(Section):
     param_dtype: Dtype = setting("float32", "of stored parameters")
 
     def check(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
-            )
-        if self.head_dim % 2:
-            raise UserError(f"head_dim={self.head_dim} is odd: RoPE rotates pairs")
+        for K, H in map(self.kv_shape, (AttentionSpec(), *self.pattern)):
+            if self.num_heads % K:
+                raise UserError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={K}")
+            if H % 2:
+                raise UserError(f"head_dim={H} is odd: RoPE rotates pairs")
         if not 1 <= len(self.pattern) <= self.num_layers:
             raise UserError(
                 f"pattern has {len(self.pattern)} slots for num_layers={self.num_layers}: "
                 "it needs at least one, and no more than there are layers"
             )
+
+    def kv_shape(self, spec: AttentionSpec) -> tuple[int, int]:
+        """(kv heads, width of a head) of a slot."""
+        return spec.kv_heads or self.num_kv_heads, spec.head_dim or self.head_dim
 
     @property
     def stages(self) -> tuple[tuple[tuple[AttentionSpec, ...], int], ...]:

@@ -36,6 +36,7 @@ class Rope(Section):
     slow: float = setting(1.0, "yarn, llama3: turns within `original`, low end", above=0)
     fast: float = setting(32.0, "yarn, llama3: turns within `original`, high end", above=0)
     truncate: bool = setting(True, "yarn: the blend starts and ends at whole pairs")
+    fraction: float = setting(1.0, "of the pairs that turn, the fastest", above=0, high=1)
     magnitude: float = setting(1.0, "cos and sin are multiplied by it", above=0)
     short: tuple[float, ...] = setting((), "longrope: a divisor a pair, up to `original`", above=0)
     long: tuple[float, ...] = setting((), "longrope: a divisor a pair, beyond `original`", above=0)
@@ -61,6 +62,10 @@ class Rope(Section):
                 raise UserError(
                     f"{field}={getattr(self, field)!r} means nothing with scaling={self.scaling!r}"
                 )
+        if self.fraction < 1 and self.scaling not in ("none", "linear"):
+            raise UserError(
+                f"fraction={self.fraction} with scaling={self.scaling!r}: no model has both"
+            )
         if self.fast <= self.slow:
             raise UserError(f"fast={self.fast} must be more than slow={self.slow}")
 
@@ -74,6 +79,7 @@ def frequencies(rope: Rope, head_dim: int, length_B: jax.Array | None = None) ->
     """Radians a token, float32: [H / 2], or [B, H / 2] for texts of `length_B` if `by_length`."""
     exponents = np.arange(0, head_dim, 2) / head_dim
     plain = rope.base**-exponents
+    plain[int(rope.fraction * head_dim // 2) :] = 0.0
     if rope.scaling == "dynamic":
         # NTK-aware: the longest wavelength grows as the text does, the shortest stays.
         over_B = jnp.maximum(length_B, rope.original).astype(jnp.float32) / rope.original

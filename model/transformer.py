@@ -81,10 +81,10 @@ class Transformer(nnx.Module):
         config, rules = self.config, self.rules
         at = Where(positions_BT, segments_BT)
         x_BTD = self._embed(tokens_BT, positions_BT)
-        ropes = {spec.rope for spec in config.pattern if spec.rope}
-        if length_B is None and any(each.by_length for each in ropes):
+        ropes = {(spec.rope, config.kv_shape(spec)[1]) for spec in config.pattern if spec.rope}
+        if length_B is None and any(each.by_length for each, _ in ropes):
             length_B = jnp.where(segments_BT > 0, positions_BT + 1, 0).max(axis=1)
-        tables = {each: rope.table(positions_BT, each, config.head_dim, length_B) for each in ropes}
+        tables = {each: rope.table(positions_BT, *each, length_B) for each in ropes}
         new, slot = [], 0
         for blocks, (_, layers) in zip(self.stages, config.stages, strict=True):
 
@@ -93,7 +93,8 @@ class Transformer(nnx.Module):
                 x_BTD, kvs = checkpoint_name(x_BTD, LAYER), []
                 for i, block in enumerate(blocks):
                     stored = cache.stored(first_slot + i, layer) if cache is not None else None
-                    cos_sin = tables.get(block.attention.spec.rope)
+                    spec = block.attention.spec
+                    cos_sin = tables.get((spec.rope, config.kv_shape(spec)[1]))
                     x_BTD, kv = block(x_BTD, at, cos_sin, stored)
                     kvs.append(kv)
                 return x_BTD, (kvs if cache is not None else None)
@@ -153,11 +154,12 @@ def check_mesh(config: ModelConfig, rules: Rules) -> None:
     ):
         if size % shards:
             raise UserError(f"model.{name}={size} does not divide over mesh.model={shards}")
-    K = config.num_kv_heads
-    if K % shards and shards % K:
-        raise UserError(
-            f"model.num_kv_heads={K} and mesh.model={shards}: one must be a multiple of the other"
-        )
+    for K, _ in map(config.kv_shape, config.pattern):
+        if K % shards and shards % K:
+            raise UserError(
+                f"model.num_kv_heads={K} and mesh.model={shards}: "
+                "one must be a multiple of the other"
+            )
     if config.embed_dim % rules.size("embed"):
         raise UserError(
             f"model.embed_dim={config.embed_dim} does not divide over the {rules.size('embed')} "

@@ -36,7 +36,7 @@ def golden(name: str) -> Golden:
 def weights(name: str) -> dict[str, np.ndarray]:
     """The tensors of a case by name."""
     case = golden(name)
-    offset = case.config["model_type"].startswith("gemma")
+    offset = case.config["model_type"] in ("gemma", "gemma2", "gemma3_text")
     return {key: values(key, tuple(shape), offset) for key, shape in case.shapes.items()}
 
 

@@ -41,7 +41,9 @@ FLIPS = {
     "norm": "layer",
     "norm_eps": 1e-3,
     "qk_norm": True,
+    "value_norm": True,
     "query_scale": 0.5,
+    "layer_scale": True,
     "learned_positions": True,
     "embed_scale": 4.0,
     "tied_head": False,
@@ -68,6 +70,9 @@ SPEC_FLIPS = {  # field: two specs that differ in it
     "sink_logit": (full(), full(sink_logit=True)),
     "alibi": (full(alibi=0.5), full(alibi=1.0)),
     "rope": (full(), full(rope=None)),
+    "kv_heads": (full(), full(kv_heads=1)),
+    "head_dim": (full(), full(head_dim=16)),
+    "shared_kv": (full(), full(shared_kv=True)),
     "softcap": (full(), full(softcap=5.0)),
 }
 YARN = dict(scaling="yarn", factor=4.0, original=1024)
@@ -80,6 +85,7 @@ ROPE_FLIPS = {
     "slow": (Rope(**YARN), Rope(**YARN, slow=4.0)),
     "fast": (Rope(**YARN), Rope(**YARN, fast=8.0)),
     "truncate": (Rope(**YARN), Rope(**YARN, truncate=False)),
+    "fraction": (Rope(), Rope(fraction=0.5)),
     "magnitude": (Rope(), Rope(magnitude=1.5)),
     "short": (
         Rope(**LONG, short=(1.0,) * 4, long=(2.0,) * 4),

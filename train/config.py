@@ -46,7 +46,13 @@ class TrainConfig(Section):
         "parameters that decay: regular expressions on their names",
     )
     no_decay: tuple[str, ...] = setting(
-        (r"\w*norm\.\w+", r"\w+_bias_[A-Z]+", r"attention\.sink_N", r"branches\.\w+\.place_CH"),
+        (
+            r"\w*norm\.\w+",
+            r"scale_1",
+            r"\w+_bias_[A-Z]+",
+            r"attention\.sink_N",
+            r"branches\.\w+\.place_CH",
+        ),
         "parameters that do not",
     )
     freeze: tuple[str, ...] = setting((), "parameters that stay as they are, decay or not")

@@ -136,6 +136,9 @@ class AttentionSpec(Section):
     sink_logit: bool = setting(False, "a learned logit a head takes part of the softmax")
     alibi: float = setting(0.0, "scores fall by it x a head's slope x distance; 0 is off", low=0)
     rope: Rope | None = setting(Rope(), "rotary positions; None is without")
+    kv_heads: int = setting(0, "heads of keys and values; 0 is the model's num_kv_heads", low=0)
+    head_dim: int = setting(0, "width of a head; 0 is the model's", low=0)
+    shared_kv: bool = setting(False, "keys and values are of one projection")
     softcap: float = setting(0.0, "scores become cap * tanh(score / cap); 0 is off", low=0)
 
     def check(self) -> None:
@@ -173,7 +176,7 @@ class AttentionSpec(Section):
 
     def everywhere(self) -> "AttentionSpec":
         """The same scores over the whole document."""
-        names = ("sink_logit", "alibi", "rope", "softcap")
+        names = "sink_logit", "alibi", "rope", "kv_heads", "head_dim", "shared_kv", "softcap"
         return AttentionSpec(**{name: getattr(self, name) for name in names})
 
     @property

@@ -17,24 +17,24 @@ from typing import Any
 
 from core.config import UserError
 from model.config import ModelConfig
-from model.families import falcon, gemma, gpt2, llama
+from model.families import falcon, gemma, gemma4, gpt2, llama
 from model.families.tensor import Tensor
 
 # Of two that can say a config the first does: a Mistral without a window is a LLaMA.
 FAMILIES = {
     model_type: module
-    for module in (llama, gpt2, falcon, gemma)
+    for module in (llama, gpt2, falcon, gemma, gemma4)
     for model_type in module.ARCHITECTURES
 }
 PRESETS = {**gpt2.PRESETS, **llama.PRESETS, **falcon.PRESETS, **gemma.PRESETS}
 # Wrappers: the text model is one of their parts.
-WRAPPERS = {"gemma3": "gemma3_text"}
+WRAPPERS = {"gemma3": "gemma3_text", "gemma4": "gemma4_text"}
 OURS = ("attention_kernel", "dtype", "param_dtype")  # fields that no config.json speaks of
 
 # Mask buffers and frequencies that older files hold, and what is not of the text model.
 DROPPED = re.compile(
     r"(.*\.)?(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)"
-    r"|(model\.)?(vision_tower|multi_modal_projector)\..*"
+    r"|(model\.)?(vision_tower|audio_tower|multi_modal_projector|embed_vision|embed_audio)\..*"
 )
 
 

@@ -1,6 +1,6 @@
 """What LLaMA's relatives and Gemma share: sizes, layer types, and the names of tensors."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from core.config import UserError
@@ -22,6 +22,8 @@ SIZES = {  # attribute: field
     "initializer_range": "init_scale",
     "tie_word_embeddings": "tied_head",
 }
+# Of a layer: name -> (leaves of the block, layout).
+Entries = dict[str, tuple[tuple[str, ...], Layout]]
 LAYER_TYPES = {"full_attention": "full", "sliding_attention": "sliding"}
 
 
@@ -69,50 +71,35 @@ def window(config: ModelConfig) -> int | None:
     return next((spec.window for spec in config.pattern if spec.kind == "sliding"), None)
 
 
-def places(config: ModelConfig) -> Iterator[tuple[str, int]]:
-    """(the block's name among our leaves, index in its stack) of layers 0, 1, ..."""
+def places(config: ModelConfig) -> Iterator[tuple[str, int, AttentionSpec]]:
+    """(the block's name among our leaves, index in its stack, its slot) of layers 0, 1, ..."""
     for stage, (slots, repeats) in enumerate(config.stages):
         for index in range(repeats):
-            for slot in range(len(slots)):
-                yield f"stages.{stage}.{slot}", index
+            for slot, spec in enumerate(slots):
+                yield f"stages.{stage}.{slot}", index, spec
 
 
 def per_layer(
-    config: ModelConfig, prefix: str, entries: Mapping[str, tuple[tuple[str, ...], Layout]]
+    config: ModelConfig, prefix: str, entries: Callable[[AttentionSpec], Entries]
 ) -> list[Tensor]:
-    """Tensors `prefix`.L.name of every layer; entries: name -> (the block's leaves, layout)."""
+    """Tensors `prefix`.L.name of every layer, whose entries depend on its slot."""
     return [
         Tensor(f"{prefix}.{layer}.{name}", tuple(f"{block}.{x}" for x in params), index, layout)
-        for layer, (block, index) in enumerate(places(config))
-        for name, (params, layout) in entries.items()
+        for layer, (block, index, spec) in enumerate(places(config))
+        for name, (params, layout) in entries(spec).items()
     ]
 
 
 def tensors(config: ModelConfig, norms: Mapping[str, str]) -> list[Tensor]:
     """All tensors of LlamaForCausalLM and the like; norms: tensor -> norm of our block."""
-    D, F, V = config.embed_dim, config.mlp_dim, config.vocab_size
-    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
-    entries = {
-        f"{name}.weight": ((f"{ours}.scale_D",), tensor.same(D)) for name, ours in norms.items()
-    }
-    for x, count in (("q", N), ("k", K), ("v", K)):
-        heads = "NH" if x == "q" else "KH"
-        name = f"self_attn.{x}_proj"
-        entries[f"{name}.weight"] = ((f"attention.{x}_D{heads}",), tensor.to_heads(D, count, H))
-        if "qkv" in config.bias:
-            entries[f"{name}.bias"] = ((f"attention.{x}_bias_{heads}",), tensor.heads(count, H))
-        if config.qk_norm and x != "v":
-            norm = f"attention.{x}_norm.scale_D"
-            entries[f"self_attn.{x}_norm.weight"] = ((norm,), tensor.same(H))
-    entries["self_attn.o_proj.weight"] = (("attention.o_NHD",), tensor.from_heads(N, H, D))
-    if "out" in config.bias:
-        entries["self_attn.o_proj.bias"] = (("attention.o_bias_D",), tensor.same(D))
-    for x, shape in (("gate", (D, F)), ("up", (D, F)), ("down", (F, D))):
-        dims = "FD" if x == "down" else "DF"
-        entries[f"mlp.{x}_proj.weight"] = ((f"mlp.{x}_{dims}",), tensor.transposed(*shape))
-        if "mlp" in config.bias:
-            bias = f"mlp.{x}_bias_{dims[1]}"
-            entries[f"mlp.{x}_proj.bias"] = ((bias,), tensor.same(shape[1]))
+    D, V = config.embed_dim, config.vocab_size
+
+    def entries(spec: AttentionSpec) -> Entries:
+        found = {f"{x}.weight": ((f"{y}.scale_D",), tensor.same(D)) for x, y in norms.items()}
+        if config.layer_scale:
+            found["layer_scalar"] = (("scale_1",), tensor.same(1))
+        return {**found, **_attention(config, spec), **_mlp(config)}
+
     whole = [
         Tensor("model.embed_tokens.weight", ("embedding_VD",), None, tensor.same(V, D)),
         *per_layer(config, "model.layers", entries),
@@ -121,3 +108,35 @@ def tensors(config: ModelConfig, norms: Mapping[str, str]) -> list[Tensor]:
     if not config.tied_head:
         whole.append(Tensor("lm_head.weight", ("head_VD",), None, tensor.same(V, D)))
     return whole
+
+
+def _attention(config: ModelConfig, spec: AttentionSpec) -> Entries:
+    D, N = config.embed_dim, config.num_heads
+    K, H = config.kv_shape(spec)
+    entries = {"self_attn.o_proj.weight": (("attention.o_NHD",), tensor.from_heads(N, H, D))}
+    if "out" in config.bias:
+        entries["self_attn.o_proj.bias"] = (("attention.o_bias_D",), tensor.same(D))
+    for x, heads, count in (("q", "NH", N), ("k", "KH", K), ("v", "KH", K)):
+        if x == "v" and spec.shared_kv:
+            continue
+        name = f"self_attn.{x}_proj"
+        entries[f"{name}.weight"] = ((f"attention.{x}_D{heads}",), tensor.to_heads(D, count, H))
+        if "qkv" in config.bias:
+            entries[f"{name}.bias"] = ((f"attention.{x}_bias_{heads}",), tensor.heads(count, H))
+        if config.qk_norm and x != "v":
+            norm = f"attention.{x}_norm.scale_D"
+            entries[f"self_attn.{x}_norm.weight"] = ((norm,), tensor.same(H))
+    return entries
+
+
+def _mlp(config: ModelConfig) -> Entries:
+    D, F = config.embed_dim, config.mlp_dim
+    entries = {}
+    for x, rows, columns in (("gate", "D", "F"), ("up", "D", "F"), ("down", "F", "D")):
+        shape = (D, F) if rows == "D" else (F, D)
+        ours = f"mlp.{x}_{rows}{columns}"
+        entries[f"mlp.{x}_proj.weight"] = ((ours,), tensor.transposed(*shape))
+        if "mlp" in config.bias:
+            bias = f"mlp.{x}_bias_{columns}"
+            entries[f"mlp.{x}_proj.bias"] = ((bias,), tensor.same(shape[1]))
+    return entries

@@ -133,7 +133,7 @@ def tensors(config: ModelConfig) -> list[Tensor]:
     words = "transformer.word_embeddings.weight"
     whole = [
         Tensor(words, ("embedding_VD",), None, tensor.same(V, D)),
-        *decoder.per_layer(config, "transformer.h", entries),
+        *decoder.per_layer(config, "transformer.h", lambda spec: entries),
         *final_norm(D),
     ]
     if not config.tied_head:

@@ -104,7 +104,7 @@ def tensors(config: ModelConfig) -> list[Tensor]:
     whole = [
         Tensor("transformer.wte.weight", ("embedding_VD",), None, tensor.same(V, D)),
         Tensor("transformer.wpe.weight", ("positions_PD",), None, tensor.same(config.context, D)),
-        *decoder.per_layer(config, "transformer.h", entries),
+        *decoder.per_layer(config, "transformer.h", lambda spec: entries),
         *final_norm(D),
     ]
     if not config.tied_head:

@@ -10,11 +10,10 @@ from model.rope import Rope
 
 # rope_scaling of older files beside rope_theta; rope_parameters holds both in newer ones.
 DEFAULTS = {"rope_theta": None, "rope_scaling": None, "rope_parameters": None}
-KINDS = {"default": "none", "su": "longrope"}
-KINDS |= {kind: kind for kind in ("linear", "dynamic", "yarn", "llama3", "longrope")}
-FIELDS = {  # of each kind, beside rope_type and rope_theta
-    "none": (),
+FIELDS = {  # of each rope_type, beside rope_theta
+    "default": (),
     "linear": ("factor",),
+    "proportional": ("factor", "partial_rotary_factor"),
     "dynamic": ("factor",),  # its original context is max_position_embeddings
     "yarn": (
         "factor",
@@ -51,27 +50,31 @@ def read(attributes: Attributes, context: int, theta: float = 10_000.0) -> Rope:
 def parse(given: Mapping[str, Any], context: int) -> Rope:
     """The rotary embedding of one dict of rope_parameters; UserError names what is not known."""
     given = {name: value for name, value in given.items() if value is not None}
+    if "rope_theta" not in given:
+        raise UserError(f"config.json: rope_parameters={given!r} has no rope_theta")
     base = float(given.pop("rope_theta"))
-    name = given.pop("rope_type", given.pop("type", "default"))
+    kind = given.pop("rope_type", given.get("type", "default"))
     given.pop("type", None)
-    if name not in KINDS:
-        raise UserError(f"config.json: rope_type={name!r} is none of {', '.join(KINDS)}")
-    kind = KINDS[name]
-    partial = given.pop("partial_rotary_factor", 1.0)
-    unknown = [field for field in given if field not in FIELDS[kind]]
-    if unknown or partial != 1:
-        field = unknown[0] if unknown else "partial_rotary_factor"
-        raise UserError(
-            f"config.json: {field}={given.get(field, partial)!r} is not supported with "
-            f"rope_type={name!r}"
-        )
-    if kind == "none":
+    kind = "longrope" if kind == "su" else kind
+    if kind not in FIELDS:
+        raise UserError(f"config.json: rope_type={kind!r} is none of {', '.join(FIELDS)}")
+    if given.get("partial_rotary_factor") == 1:
+        del given["partial_rotary_factor"]
+    for field, value in given.items():
+        if field not in FIELDS[kind]:
+            raise UserError(
+                f"config.json: {field}={value!r} is not supported with rope_type={kind!r}"
+            )
+    if kind == "default":
         return Rope(base)
     original = given.get("original_max_position_embeddings", context)
     if kind == "longrope":
         return _longrope(base, given, original, context)
+    if kind == "proportional":  # the rest of the pairs does not turn (Gemma 4)
+        factor, fraction = given.get("factor", 1.0), given.get("partial_rotary_factor", 1.0)
+        return Rope(base, "none" if factor == 1 else "linear", factor, fraction=fraction)
     if "factor" not in given:
-        raise UserError(f"config.json: rope_type={name!r} has no factor")
+        raise UserError(f"config.json: rope_type={kind!r} has no factor")
     factor = float(given["factor"])
     if kind == "linear":
         return Rope(base, "linear", factor)
@@ -81,8 +84,8 @@ def parse(given: Mapping[str, Any], context: int) -> Rope:
         turns = float(given["low_freq_factor"]), float(given["high_freq_factor"])
         return Rope(base, "llama3", factor, original, *turns)
     turns = float(given.get("beta_slow", 1)), float(given.get("beta_fast", 32))
-    truncate = given.get("truncate", True)
-    return Rope(base, "yarn", factor, original, *turns, truncate, _yarn_magnitude(given, factor))
+    how = dict(truncate=given.get("truncate", True), magnitude=_yarn_magnitude(given, factor))
+    return Rope(base, "yarn", factor, original, *turns, **how)
 
 
 def _yarn_magnitude(given: Mapping[str, Any], factor: float) -> float:
@@ -119,13 +122,17 @@ def write(rope: Rope | None) -> dict[str, Any]:
     """What every version reads: rope_theta, rope_scaling, and the context if it is another."""
     if rope is None:
         return {}
-    found = {"rope_theta": rope.base, "rope_scaling": _scaling(rope)}
+    found = {"rope_theta": rope.base, "rope_scaling": scaling(rope)}
     if rope.scaling == "dynamic":
         found["max_position_embeddings"] = rope.original
     return found
 
 
-def _scaling(rope: Rope) -> dict[str, Any] | None:
+def scaling(rope: Rope) -> dict[str, Any] | None:
+    """The dict of rope_scaling; None where nothing is changed."""
+    if rope.fraction < 1:
+        more = {"factor": rope.factor} if rope.factor > 1 else {}
+        return {"rope_type": "proportional", "partial_rotary_factor": rope.fraction, **more}
     if rope.scaling == "none":
         return None
     given: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}

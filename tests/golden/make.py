@@ -147,7 +147,28 @@ CASES = {
         ),
     ),
 }
-ARCHITECTURES = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}
+CASES["gemma-4"] = (
+    "Gemma4Text",
+    dict(
+        LLAMA,
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        head_dim=8,
+        global_head_dim=16,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        sliding_window=8,
+        final_logit_softcapping=15.0,
+        hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=VOCAB,
+    ),
+)
+ARCHITECTURES = {
+    "Gemma4Text": "Gemma4ForCausalLM",
+    "GPT2": "GPT2LMHeadModel",
+    "Gemma3Text": "Gemma3ForCausalLM",
+}
+WITH_OFFSET = "Gemma", "Gemma2", "Gemma3Text"
 IN_USE = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None, initializer_range=0.03)
 
 # Tables of published models and of every kind, at the head widths that are used.
@@ -185,8 +206,9 @@ def build(name: str) -> transformers.PreTrainedModel:
     cls = getattr(transformers, ARCHITECTURES.get(family, f"{family}ForCausalLM"))
     model = cls(config).eval()
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            fresh = values(key, tuple(parameter.shape), offset=family.startswith("Gemma"))
+        scalars = [(k, x) for k, x in model.named_buffers() if k.endswith("layer_scalar")]
+        for key, parameter in (*model.named_parameters(), *scalars):
+            fresh = values(key, tuple(parameter.shape), offset=family in WITH_OFFSET)
             parameter.copy_(torch.from_numpy(fresh))
     return model
 

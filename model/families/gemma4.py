@@ -1,0 +1,136 @@
+"""Gemma 4's text model, as transformers publishes its configuration: the dense sizes.
+
+Its full layers have wider heads, fewer of keys, values of the same projection as keys, and turn a
+quarter of each head. Sizes with per-layer embeddings, shared caches or experts are refused.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from core.config import UserError
+from model.attention.spec import AttentionSpec, full, sliding
+from model.config import ModelConfig
+from model.families import decoder, gemma, rope_json
+from model.families.attributes import Attributes
+from model.families.tensor import Tensor
+
+DEFAULTS = {
+    "gemma4_text": {
+        **gemma.SIZES,
+        "vocab_size": 262_144,
+        "num_hidden_layers": 30,
+        "max_position_embeddings": 131_072,
+        "sliding_window": 512,
+        "layer_types": None,
+        "final_logit_softcapping": None,
+        "attention_k_eq_v": False,
+        "global_head_dim": 512,
+        "num_global_key_value_heads": None,
+        "per_layer_config": None,
+        "hidden_size_per_layer_input": 256,
+        "vocab_size_per_layer_input": 262_144,
+        "num_kv_shared_layers": 0,
+        "use_double_wide_mlp": False,  # of layers that share a cache
+        "enable_moe_block": False,
+        "num_experts": None,
+        "top_k_experts": None,
+        "moe_intermediate_size": None,
+    }
+}
+ARCHITECTURES = {"gemma4_text": "Gemma4ForCausalLM"}
+ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    "full_attention": {
+        "rope_type": "proportional",
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 1_000_000.0,
+    },
+}
+PRESETS: dict[str, ModelConfig] = {}  # no size is published in a paper yet
+
+
+def read(model_type: str, found: dict[str, Any]) -> ModelConfig:
+    """The model of a config.json."""
+    a = Attributes(found, DEFAULTS[model_type])
+    a.must_be(hidden_size_per_layer_input=0, num_kv_shared_layers=0, enable_moe_block=False)
+    if a["use_bidirectional_attention"] != "vision":  # text is causal beside images too
+        a.must_be(use_bidirectional_attention=None)
+    fields = decoder.read_sizes(a)
+    types = a["layer_types"] or [
+        "full_attention" if (i + 1) % 6 == 0 else "sliding_attention"
+        for i in range(fields["num_layers"])
+    ]
+    types = [*types[:-1], "full_attention"]
+    ropes = {**ROPES, **(a["rope_parameters"] or {})}
+    near, far = (rope_json.parse(rope, fields["context"]) for rope in ropes.values())
+    kv_heads, head_dim = _wide(a, types, fields)
+    wide = dict(kv_heads=kv_heads, head_dim=head_dim, shared_kv=a["attention_k_eq_v"])
+    specs = {
+        "full_attention": full(rope=far, **wide),
+        "sliding_attention": sliding(a["sliding_window"], rope=near),
+    }
+    return ModelConfig(
+        **fields,
+        pattern=decoder.pattern(types, specs),
+        block="sandwich",
+        activation=a.choice("hidden_activation", gemma.ACTIVATIONS),
+        bias=("qkv", "out") if a["attention_bias"] else (),
+        qk_norm=True,
+        value_norm=True,
+        query_scale=1.0,
+        layer_scale=True,
+        embed_scale=fields["embed_dim"] ** 0.5,
+        logit_softcap=a["final_logit_softcapping"] or 0.0,
+    )
+
+
+def _wide(a: Attributes, types: list[str], fields: Mapping[str, Any]) -> tuple[int, int]:
+    """(kv heads, width of a head) of the full layers; 0 where they are as those of the others."""
+    shape = {"head_dim": a["global_head_dim"]}
+    if a["attention_k_eq_v"] and a["num_global_key_value_heads"]:
+        shape["num_key_value_heads"] = a["num_global_key_value_heads"]
+    if a["per_layer_config"] is not None:
+        full_layers = {str(i) for i, kind in enumerate(types) if kind == "full_attention"}
+        shapes = list(a["per_layer_config"].values())
+        if set(a["per_layer_config"]) != full_layers or any(x != shapes[0] for x in shapes):
+            raise UserError(
+                f"config.json: per_layer_config={a['per_layer_config']!r} is not supported: "
+                "full layers, and no others, may differ, all alike"
+            )
+        shape = shapes[0]
+    given = shape.get("num_key_value_heads", 0), shape.get("head_dim", 0)
+    usual = fields["num_kv_heads"], fields["head_dim"]
+    return tuple(0 if x == y else x for x, y in zip(given, usual, strict=True))
+
+
+def write(model_type: str, config: ModelConfig) -> dict[str, Any]:
+    """A config.json; `families.write` sees to it that it says all of `config`."""
+    names = {ours: name for name, ours in gemma.ACTIVATIONS.items()}
+    of = {spec.kind: spec for spec in config.pattern}
+    near, far = of.get("sliding", config.pattern[0]), of.get("full", config.pattern[-1])
+    types = decoder.layer_types(config)
+    K, H = config.kv_shape(far)
+    wide = {"num_key_value_heads": K, "head_dim": H}
+    return decoder.write_sizes(config) | dict(
+        hidden_activation=names.get(config.activation, config.activation),
+        attention_bias=bool(config.bias),
+        sliding_window=near.window,
+        layer_types=types,
+        final_logit_softcapping=config.logit_softcap or None,
+        attention_k_eq_v=far.shared_kv,
+        per_layer_config={str(i): wide for i, x in enumerate(types) if x == "full_attention"},
+        rope_parameters={"sliding_attention": _rope(near), "full_attention": _rope(far)},
+        hidden_size_per_layer_input=0,
+    )
+
+
+def _rope(spec: AttentionSpec) -> dict[str, Any]:
+    if spec.rope is None:
+        return {}
+    scaling = rope_json.scaling(spec.rope) or {"rope_type": "default"}
+    return {"rope_theta": spec.rope.base, **scaling}
+
+
+def tensors(config: ModelConfig) -> list[Tensor]:
+    """Every tensor of a checkpoint."""
+    return decoder.tensors(config, gemma.SANDWICH_NORMS)

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from model.attention.seen import keys_seen
 from model.config import ModelConfig
-from model.flops import keys_seen
 from train.config import TrainConfig
 
 FORWARD, BACKWARD = 4, 10  # FLOPs a (query, key) pair and unit of head_dim: 2 and 5 products

@@ -1,16 +1,23 @@
-"""Floating-point operations of a training step, by two conventions for attention.
+"""Floating-point operations of a token, by two conventions for attention.
 
-A multiply-add is 2 FLOPs; a training step is 3 forward passes (backward counts twice). Per token:
+A multiply-add is 2 FLOPs. Forward, per token:
 
-    matrices   6 x parameters that multiply it (the head counts, the embedding's lookup does not)
-    attention  12 x N x H x keys, for q k^T and p v
+    matrices   2 x parameters that multiply it (the head counts, the embedding's lookup does not)
+    attention  4 x N x H x keys, for q k^T and p v
+
+A training step is 3 forward passes (backward counts twice).
 
 `seen` counts the keys that the mask lets a token see (causal counted once, as MaxText does);
 `dense` counts all T keys in every layer (PaLM, arXiv 2204.02311, appendix B; most GPU papers).
 """
 
+import math
+from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
+
+from model import parts
 from model.attention.seen import keys_seen
 from model.config import ModelConfig
 
@@ -19,23 +26,33 @@ Convention = Literal["seen", "dense"]
 
 def matrix_parameters(config: ModelConfig) -> int:
     """Parameters that each token is multiplied by; compressors of NSA see blocks, not tokens."""
-    D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-    attention = D * H * (N + 2 * K) + N * H * D
-    mlp = D * config.mlp_dim * (3 if config.mlp == "gated" else 2)
-    gates = sum(
-        layers * D * N * 3
-        for slots, layers in config.stages
-        for spec in slots
-        if spec.kind == "nsa"
-    )
-    return config.num_layers * (attention + mlp) + gates + config.vocab_size * D
+    layers = sum(math.prod(matrix) for matrix in parts.matrices(config).values())
+    return layers + config.vocab_size * config.embed_dim
 
 
 def training_flops_per_token(config: ModelConfig, length: int, convention: Convention) -> float:
     """FLOPs of forward and backward for one token of rows of `length`, rematerialising nothing."""
-    keys = sum(
-        layers * (length if convention == "dense" else keys_seen(spec, length).mean())
-        for slots, layers in config.stages
-        for spec in slots
-    )
-    return 6 * matrix_parameters(config) + 12 * config.num_heads * config.head_dim * keys
+    return 3 * forward_flops_per_token(config, length, convention)
+
+
+def forward_flops_per_token(config: ModelConfig, length: int, convention: Convention) -> float:
+    """FLOPs of one token of rows of `length`, its logits included."""
+    keys = _keys(config, length, convention, np.mean)
+    return 2 * matrix_parameters(config) + 4 * config.num_heads * config.head_dim * keys
+
+
+def decode_flops_per_token(config: ModelConfig, context: int, convention: Convention) -> float:
+    """FLOPs of the last of `context` tokens, those before it in a cache."""
+    keys = _keys(config, context, convention, lambda seen: seen[-1])
+    return 2 * matrix_parameters(config) + 4 * config.num_heads * config.head_dim * keys
+
+
+def _keys(
+    config: ModelConfig, length: int, convention: Convention, of: Callable[[np.ndarray], float]
+) -> float:
+    """Keys over all layers: `of` those that each token sees, or all."""
+    slots = [(spec, layers) for slots, layers in config.stages for spec in slots]
+    if convention == "dense":
+        return sum(layers * length for _, layers in slots)
+    seen = {spec: float(of(keys_seen(spec, length))) for spec, _ in slots}
+    return sum(layers * seen[spec] for spec, layers in slots)

@@ -35,15 +35,14 @@ class Bundle:
     def __init__(self, path: str | Path, keep: int | None = None):
         """Opens a bundle; `keep` newest steps survive a save (None: all)."""
         self.path = Path(path).absolute()
-        if not (self.path / CONFIG).is_file():
-            raise UserError(f"{path} is no bundle: it has no {CONFIG}; train one, or name another")
+        config_file(path)
         self._keep = keep
         self._saving: int | None = None
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
     def config(self, **classes: type[Section]) -> Experiment:
         """The experiment, with the sections named here, as `config(model=ModelConfig)`."""
-        return from_json((self.path / CONFIG).read_text(), **classes)
+        return read_config(self.path, **classes)
 
     @property
     def tokenizer(self) -> Path | None:
@@ -160,6 +159,19 @@ def create(path: str | Path, config_json: str, tokenizer: Path | None) -> None:
     if tokenizer is not None:
         shutil.copytree(tokenizer, path / TOKENIZER, dirs_exist_ok=True)
     write_text(path / CONFIG, config_json)
+
+
+def config_file(path: str | Path) -> Path:
+    """The config of the bundle at `path`; UserError if there is none."""
+    found = Path(path) / CONFIG
+    if not found.is_file():
+        raise UserError(f"{path} is no bundle: it has no {CONFIG}; train one, or name another")
+    return found
+
+
+def read_config(path: str | Path, **classes: type[Section]) -> Experiment:
+    """The experiment of a bundle, without opening it: starts neither threads nor devices."""
+    return from_json(config_file(path).read_text(), **classes)
 
 
 def damaged(step: Path) -> str | None:

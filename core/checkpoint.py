@@ -115,12 +115,12 @@ class Bundle:
     def restore(self, step: int, **abstract: Any) -> dict[str, Any]:
         """The items named, each as its abstract pytree says (shapes, dtypes, shardings).
 
-        UserError names a parameter that the step lacks, or that has another shape.
+        UserError as `check` says.
         """
+        self.check(step, **abstract)
         args = {}
         for name, item in abstract.items():
             leaves = {path: _concrete(leaf) for path, leaf in tree.named_leaves(item).items()}
-            self._check_shapes(step, name, leaves)
             args[name] = ocp.args.PyTreeRestore(
                 leaves, restore_args=ocp.checkpoint_utils.construct_restore_args(leaves)
             )
@@ -131,13 +131,19 @@ class Bundle:
         items = {name: tree.with_leaves(abstract[name], restored[name]) for name in abstract}
         return {**items, "data": restored["data"]}
 
-    def _check_shapes(self, step: int, item: str, leaves: dict[str, jax.ShapeDtypeStruct]) -> None:
-        saved = ocp.PyTreeCheckpointHandler().metadata(self.path / str(step) / item)
-        shapes = {path: tuple(m.shape) for path, m in saved.tree.items()}
-        for path, leaf in leaves.items():
-            if shapes.get(path) != leaf.shape:
-                found = f"is {shapes[path]} there" if path in shapes else "is not there"
-                raise UserError(f"{self.path}/{step}/{item}: {path} of {leaf.shape} {found}")
+    def check(self, step: int, **abstract: Any) -> None:
+        """UserError names a parameter that the step lacks, has in another shape, or has beyond."""
+        for item, planned in abstract.items():
+            where = f"{self.path}/{step}/{item}"
+            saved = ocp.PyTreeCheckpointHandler().metadata(self.path / str(step) / item)
+            shapes = {path: tuple(m.shape) for path, m in saved.tree.items()}
+            leaves = tree.named_leaves(planned)
+            for path, leaf in leaves.items():
+                if shapes.get(path) != leaf.shape:
+                    found = f"is {shapes[path]} there" if path in shapes else "is not there"
+                    raise UserError(f"{where}: {path} of {leaf.shape} {found}")
+            for path in sorted(shapes.keys() - leaves.keys()):
+                raise UserError(f"{where}: {path} of {shapes[path]} is there, and has no place")
 
     def discard(self, step: int) -> None:
         """Removes a step if it is there."""

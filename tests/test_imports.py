@@ -17,8 +17,8 @@ MAY_IMPORT = {
     "infer": {"core", "data", "model", "infer"},
     "configs": {"core", "data", "model", "train", "infer"},
 }
-# A config file chooses: it imports dataclasses of sections, and presets.
-CONFIGS_MAY_IMPORT = {"core.sharding", "model.attention.spec"}
+# A config file chooses: it imports dataclasses of sections, presets, and the config of a bundle.
+CONFIGS_MAY_IMPORT = {"core.sharding", "model.attention.spec", "core.checkpoint"}
 MAX_LINES = 400
 
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))

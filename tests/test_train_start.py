@@ -146,10 +146,18 @@ def test_what_differs_in_meaning_is_told(tmp_path, monkeypatch, capsys, prepared
 
 
 WRONG = {  # model, train, what the message says
-    "shape": (dict(mlp_dim=128), {}, ["stages.0.0.mlp.down_FD of (2, 128, 32) is (2, 64, 32)"]),
+    "shape": (
+        dict(mlp_dim=128),
+        {},
+        ["mlp.down_FD of (2, 128, 32) is (2, 64, 32)", "model.mlp_dim: 64 there, 128"],
+    ),
     "missing": (dict(qk_norm=True), {}, ["k_norm.scale_D", "is not there"]),
     "beyond": (dict(mlp="plain"), {}, ["mlp.gate_DF", "has no place", "configs/finetune.py"]),
-    "pattern": (dict(pattern=(full(),)), {}, ["stages.0.0", "slots of model.pattern"]),
+    "pattern": (
+        dict(pattern=(full(),)),
+        {},
+        ["stages.0.0", "model.pattern: 2 slots there, 1 here"],
+    ),
     "step": ({}, dict(start_step=5), ["step=5 is not in", "4, 8, 12"]),
     "no bundle": ({}, dict(start="nowhere"), ["train.start=nowhere", "config.json"]),
     "no start": ({}, dict(start="", start_step=4), ["start_step=4 goes with start"]),

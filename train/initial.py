@@ -41,26 +41,27 @@ def restore(experiment: Experiment, store: TokenStore, rules: Rules) -> Transfor
         check_tokenizer(bundle, store)
         abstract = transformer.abstract(experiment.model, rules)
         there = bundle.config(model=ModelConfig).model
-        check_parameters(bundle, step, abstract)
+        differ = differences(there, experiment.model)
+        check_parameters(bundle, step, abstract, differ)
         model = bundle.restore(step, model=abstract)["model"]
     except UserError as error:
         raise UserError(f"train.start={path}: {error}") from None
     finally:
         bundle.close()
     log.info("starting from step %d of %s", step, path)
-    for line in differences(there, experiment.model):
+    for line in differ:
         log.info("its model differs in %s", line)
     return model
 
 
-def check_parameters(bundle: Bundle, step: int, abstract: Transformer) -> None:
+def check_parameters(bundle: Bundle, step: int, abstract: Transformer, differ: list[str]) -> None:
     """UserError unless the parameters there are those of the model here."""
     try:
         bundle.check(step, model=abstract)
     except UserError as error:
         raise UserError(
-            f"{error}: sizes and the number of slots of model.pattern must be those of its "
-            "model section, which configs/finetune.py takes from it"
+            f"{error}; sizes and slots must be those of its model section, which "
+            f"configs/finetune.py takes from it. They differ in {'; '.join(differ) or 'nothing'}"
         ) from None
 
 
@@ -79,8 +80,14 @@ def check_tokenizer(bundle: Bundle, store: TokenStore) -> None:
 def differences(there: ModelConfig, here: ModelConfig) -> list[str]:
     """Fields by name, as `model.pattern.0.rope_base: 10000.0 there, 500000.0 here`."""
     old, new = (tree.named_leaves(to_dict(config)) for config in (there, here))
-    return [
+    slots = len(there.pattern), len(here.pattern)
+    names = [name for name in sorted(old.keys() | new.keys()) if name not in FREE]
+    lines = []
+    if slots[0] != slots[1]:
+        lines = ["model.pattern: {} slots there, {} here".format(*slots)]
+        names = [name for name in names if not name.startswith("pattern.")]
+    return lines + [
         f"model.{name}: {old.get(name)!r} there, {new.get(name)!r} here"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and name not in FREE
+        for name in names
+        if old.get(name) != new.get(name)
     ]

@@ -39,8 +39,7 @@ class Bundle:
         `lazily` saves a model of `lazy.Lazy` leaves, which may take as long as it takes.
         """
         self.path = Path(path).absolute()
-        if not (self.path / CONFIG).is_file():
-            raise UserError(f"{path} is no bundle: it has no {CONFIG}; train one, or name another")
+        config_file(path)
         self._keep = keep
         self._saving: int | None = None
         lazies = {"model": lazy.handler(), "data": ocp.JsonCheckpointHandler()}
@@ -51,7 +50,7 @@ class Bundle:
 
     def config(self, **classes: type[Section]) -> Experiment:
         """The experiment, with the sections named here, as `config(model=ModelConfig)`."""
-        return from_json((self.path / CONFIG).read_text(), **classes)
+        return read_config(self.path, **classes)
 
     @property
     def tokenizer(self) -> Path | None:
@@ -124,12 +123,12 @@ class Bundle:
     def restore(self, step: int, **abstract: Any) -> dict[str, Any]:
         """The items named, each as its abstract pytree says (shapes, dtypes, shardings).
 
-        UserError names a parameter that the step lacks, or that has another shape.
+        UserError as `check` says.
         """
+        self.check(step, **abstract)
         args = {}
         for name, item in abstract.items():
             leaves = {path: _concrete(leaf) for path, leaf in tree.named_leaves(item).items()}
-            self.check_shapes(step, name, leaves)
             args[name] = ocp.args.PyTreeRestore(
                 leaves, restore_args=ocp.checkpoint_utils.construct_restore_args(leaves)
             )
@@ -140,14 +139,19 @@ class Bundle:
         items = {name: tree.with_leaves(abstract[name], restored[name]) for name in abstract}
         return {**items, "data": restored["data"]}
 
-    def check_shapes(self, step: int, item: str, leaves: dict[str, jax.ShapeDtypeStruct]) -> None:
-        """UserError unless the step has these parameters."""
-        saved = ocp.PyTreeCheckpointHandler().metadata(self.path / str(step) / item)
-        shapes = {path: tuple(m.shape) for path, m in saved.tree.items()}
-        for path, leaf in leaves.items():
-            if shapes.get(path) != leaf.shape:
-                found = f"is {shapes[path]} there" if path in shapes else "is not there"
-                raise UserError(f"{self.path}/{step}/{item}: {path} of {leaf.shape} {found}")
+    def check(self, step: int, **abstract: Any) -> None:
+        """UserError names a parameter that the step lacks, has in another shape, or has beyond."""
+        for item, planned in abstract.items():
+            where = f"{self.path}/{step}/{item}"
+            saved = ocp.PyTreeCheckpointHandler().metadata(self.path / str(step) / item)
+            shapes = {path: tuple(m.shape) for path, m in saved.tree.items()}
+            leaves = tree.named_leaves(planned)
+            for path, leaf in leaves.items():
+                if shapes.get(path) != leaf.shape:
+                    found = f"is {shapes[path]} there" if path in shapes else "is not there"
+                    raise UserError(f"{where}: {path} of {leaf.shape} {found}")
+            for path in sorted(shapes.keys() - leaves.keys()):
+                raise UserError(f"{where}: {path} of {shapes[path]} is there, and has no place")
 
     def discard(self, step: int) -> None:
         """Removes a step if it is there."""
@@ -169,6 +173,19 @@ def create(path: str | Path, config_json: str, tokenizer: Path | None) -> None:
     if tokenizer is not None:
         shutil.copytree(tokenizer, path / TOKENIZER, dirs_exist_ok=True)
     write_text(path / CONFIG, config_json)
+
+
+def config_file(path: str | Path) -> Path:
+    """The config of the bundle at `path`; UserError if there is none."""
+    found = Path(path) / CONFIG
+    if not found.is_file():
+        raise UserError(f"{path} is no bundle: it has no {CONFIG}; train one, or name another")
+    return found
+
+
+def read_config(path: str | Path, **classes: type[Section]) -> Experiment:
+    """The experiment of a bundle, without opening it: starts neither threads nor devices."""
+    return from_json(config_file(path).read_text(), **classes)
 
 
 def damaged(step: Path) -> str | None:

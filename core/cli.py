@@ -15,12 +15,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_collections
 
 from core import backend
-from core.config import Experiment, Section, UserError, freeze, unknown_field
+from core.config import Experiment, Section, UserError, build, freeze, unknown_field
+
+S = TypeVar("S", bound=Section)
 
 USAGE = "--config=FILE[:ARG] [--config.section.field=value ...]"
 
@@ -43,19 +45,19 @@ def run(
     `classes` are the sections that the command needs; `doc` is what `--help` prints first;
     `start` readies the devices.
     """
-    log_to_stderr()
     if any(arg in ("-h", "--help") for arg in sys.argv[1:]):
         print(help_text(doc, classes))
         return
-    with user_errors():
+    with exits():
         experiment = parse(sys.argv[1:], classes)
         start(experiment)
         main(experiment)
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """A UserError prints its message alone and exits with 2."""
+def exits() -> Iterator[None]:
+    """What every command does around its work: logs to stderr, exits with 2 on a UserError."""
+    _log_to_stderr()
     try:
         yield
     except UserError as error:
@@ -66,7 +68,7 @@ def user_errors() -> Iterator[None]:
         sys.exit(1)
 
 
-def log_to_stderr() -> None:
+def _log_to_stderr() -> None:
     """Our own log lines as they are; other libraries keep theirs."""
     log = logging.getLogger("cakrawala")
     log.setLevel(logging.INFO)
@@ -151,13 +153,33 @@ def literal(text: str, current: Any) -> Any:
     return value
 
 
+def flags(argv: Sequence[str], cls: type[S]) -> S:
+    """The section `cls` from arguments `--field=value`; a bare `--field` is True."""
+    fields, values = {f.name: f for f in dataclasses.fields(cls)}, {}
+    for arg in argv:
+        name, equals, text = arg.partition("=")
+        if not name.startswith("--"):
+            raise UserError(f"{arg} is not understood: it should be --name=value")
+        name = name[2:]
+        if name not in fields:
+            raise UserError(unknown_field(f"--{name}", name, fields))
+        values[name] = literal(text, fields[name].default) if equals else True
+    return build(cls, values)
+
+
 def help_text(doc: str, classes: dict[str, type[Section]]) -> str:
     """What `--help` prints: the doc, then each field with its default and meaning."""
     lines = [doc.strip(), "", f"usage: {USAGE}"]
     for section, cls in classes.items():
-        lines += ["", f"{section}:"]
-        for field in dataclasses.fields(cls):
-            default = "(needed)" if field.default is dataclasses.MISSING else repr(field.default)
-            head = f"  --config.{section}.{field.name}={default}"
-            lines.append(f"{head:<50} {field.metadata.get('doc', '')}".rstrip())
+        lines += ["", f"{section}:", *fields_text(f"config.{section}.", cls)]
     return "\n".join(lines)
+
+
+def fields_text(prefix: str, cls: type[Section]) -> list[str]:
+    """A line for each field: its flag, its default and its meaning."""
+    lines = []
+    for field in dataclasses.fields(cls):
+        default = "(needed)" if field.default is dataclasses.MISSING else repr(field.default)
+        head = f"  --{prefix}{field.name}={default}"
+        lines.append(f"{head:<50} {field.metadata.get('doc', '')}".rstrip())
+    return lines

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from core import backend, checkpoint, cli
 from core.checkpoint import Bundle, write_text
 from core.config import Experiment, UserError, to_json
-from model import checkpoint_files, families, hf_export, hf_import
+from model import checkpoint_files, families, hf_export, hf_import, parts
 from model.checkpoint_files import CONFIG
 from model.config import ModelConfig
 from model.families.tensor import Tensor
@@ -75,7 +75,7 @@ def from_bundle(
     bundle = Bundle(directory)
     try:
         config, step = bundle.config(model=ModelConfig).model, bundle.choose(step)
-        bundle.check_shapes(step, "model", hf_import.shapes(config))
+        bundle.check(step, model=parts.shapes(config))
     finally:
         bundle.close()
     config_json, tensors = families.write(config), families.tensors(config)
@@ -188,6 +188,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.log_to_stderr()
-    with cli.user_errors():
+    with cli.exits():
         main(sys.argv[1:])

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from core import sharding, tree
+from core import tree
 from core.checkpoint import Bundle
 from core.lazy import Lazy
-from core.sharding import MeshConfig, Rules
+from core.sharding import Rules
 from model import checkpoint_files, transformer
+from model import parts as model_parts
 from model.checkpoint_files import Source
-from model.config import ModelConfig
 from model.families.tensor import Tensor
 from model.transformer import Transformer
 
@@ -53,18 +53,11 @@ def parts(
             done(tensor.name)
 
 
-def shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of each parameter."""
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        return tree.named_leaves(transformer.abstract(config, sharding.whole()))
-
-
 def save(source: Source, path: Path, done: Done) -> None:
     """Writes the one step of a bundle that is there without steps."""
     leaves = {
         name: Lazy(leaf.shape, leaf.dtype, functools.partial(parts, source, name, done))
-        for name, leaf in shapes(source.config).items()
+        for name, leaf in model_parts.shapes(source.config).items()
     }
     assert leaves.keys() == plan(source.tensors).keys(), "a family does not name our parameters"
     bundle = Bundle(path, lazily=True)

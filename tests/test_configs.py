@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from core import cli
-from core.config import UserError, freeze, from_json, sections, to_json
+from core import checkpoint, cli
+from core.config import Experiment, UserError, freeze, from_json, sections, to_json
 from data import prepare
 from infer import bench, decode, score
 from train import pretrain
@@ -47,8 +47,15 @@ def test_tiny_runs_the_whole_life(file, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_full_size_is_valid_and_survives_json(file):
-    experiment = freeze(cli.load(str(file)))
+def test_full_size_is_valid_and_survives_json(file, tmp_path):
+    spec = str(file)
+    if file.stem == "finetune":  # of a bundle, which it says
+        with pytest.raises(UserError, match="finetune.py:BUNDLE"):
+            cli.load(spec)
+        model = freeze(cli.load("configs/llama3_8b.py")).model
+        checkpoint.create(tmp_path, to_json(Experiment("other", model=model)), None)
+        spec = f"{file}:{tmp_path}"
+    experiment = freeze(cli.load(spec))
     classes = {name: type(section) for name, section in sections(experiment).items()}
     assert from_json(to_json(experiment), **classes) == experiment
     with pytest.raises(UserError, match=":tiny"):

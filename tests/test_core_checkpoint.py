@@ -191,6 +191,10 @@ def test_a_wrong_shape_or_name_is_told(saved, one_device):
     )
     wrong = {**abstract(), "head": jax.ShapeDtypeStruct((3,), jnp.float32)}
     assert complaint(bundle.restore, 20, model=wrong).endswith("head of (3,) is not there")
+    less = {"table": abstract()["table"]}
+    assert "layers.0 of (16, 8) is there, and has no place" in complaint(
+        bundle.check, 20, model=less
+    )
     bundle.close()
 
 

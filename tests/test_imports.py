@@ -17,8 +17,14 @@ MAY_IMPORT = {
     "infer": {"core", "data", "model", "infer"},
     "configs": {"core", "data", "model", "train", "infer"},
 }
-# A config file chooses: it imports dataclasses of sections, and presets.
-CONFIGS_MAY_IMPORT = {"core.sharding", "model.attention.spec", "model.rope"}
+# A config file chooses: it imports dataclasses of sections, presets, and the config of a bundle.
+CONFIGS_MAY_IMPORT = {
+    "core.checkpoint",
+    "core.sharding",
+    "model.attention.spec",
+    "model.families",
+    "model.rope",
+}
 MAX_LINES = 400
 
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))

@@ -34,8 +34,8 @@ from model.attention import (
 )
 from model.attention.blocks import Pair
 from model.attention.picked import Picked
+from model.attention.seen import keys_seen
 from model.attention.spec import AttentionSpec, Heads, Where
-from model.flops import keys_seen
 
 LENGTH, N, K, H = 48, 4, 2, 8
 ROWS = (LENGTH,), (7, 1, 20, 12), (), (16, 16, 16)

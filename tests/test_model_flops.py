@@ -9,6 +9,7 @@ import pytest
 from core import tree
 from core.sharding import whole
 from model import flops, transformer
+from model.attention.seen import keys_allowed
 from model.attention.spec import Mask, full, sliding
 from model.config import ModelConfig
 
@@ -60,7 +61,7 @@ def test_keys_seen_are_what_the_mask_allows(mask):
     at = jnp.arange(30)
     ones = jnp.ones((30, 30), jnp.int32)
     seen = mask.allowed(at[:, None], at[None, :], ones, ones)
-    np.testing.assert_array_equal(flops.keys_allowed(mask, 30), seen.sum(axis=1))
+    np.testing.assert_array_equal(keys_allowed(mask, 30), seen.sum(axis=1))
 
 
 def test_training_flops_by_hand():

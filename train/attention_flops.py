@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from model.attention.seen import keys_seen
+from model.attention.spec import AttentionSpec
 from model.config import ModelConfig
-from model.flops import keys_seen
 from train.config import TrainConfig
 
 FORWARD, BACKWARD = 4, 10  # FLOPs a (query, key) pair and unit of head_dim: 2 and 5 products
@@ -19,13 +20,14 @@ def busiest_device(
     pass again; the others keep its output.
     """
     data, seq, heads = mesh
-    pairs = sum(
-        layers * keys_seen(spec, train.length)[order].reshape(seq, -1).sum(1).max()
-        for slots, layers in model.stages
-        for spec in slots
-    )
-    if model.attention_kernel == "reference":  # computes every score, then hides most
-        pairs = model.num_layers * (train.length // seq) * train.length
+
+    def pairs(spec: AttentionSpec) -> int:
+        if model.attention_kernel == "reference":  # computes every score, then hides most
+            return train.length // seq * train.length
+        return keys_seen(spec, train.length)[order].reshape(seq, -1).sum(1).max()
+
     passes = FORWARD * (2 if train.remat == "full" else 1) + BACKWARD
-    rows, width = train.batch_size / data, model.num_heads / heads * model.head_dim
-    return passes * width * rows * pairs
+    rows, each = train.batch_size / data, model.num_heads / heads
+    layers = [(spec, layers) for slots, layers in model.stages for spec in slots]
+    work = sum(layers * model.kv_shape(spec)[1] * pairs(spec) for spec, layers in layers)
+    return passes * rows * each * work

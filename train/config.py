@@ -20,6 +20,9 @@ class TrainConfig(Section):
     accumulation: int = setting(1, "microbatches a step, one after the other", low=1)
     seed: int = setting(0, "of the initial weights and the data order", low=0)
 
+    start: str = setting("", "bundle whose weights a fresh run begins with; empty is random ones")
+    start_step: int | None = setting(None, "step of it; None is the newest", low=0)
+
     learning_rate: float = setting(3e-3, "peak", above=0)
     schedule: Literal["cosine", "wsd"] = setting(
         "cosine", "after the warmup; wsd stays, then falls"
@@ -77,6 +80,8 @@ class TrainConfig(Section):
                 f"batch_size={self.batch_size} is not a multiple of "
                 f"accumulation={self.accumulation}"
             )
+        if self.start_step is not None and not self.start:
+            raise UserError(f"start_step={self.start_step} goes with start, the path of a bundle")
 
 
 @dataclasses.dataclass(frozen=True)

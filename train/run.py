@@ -1,7 +1,6 @@
 """Where a run begins: a new bundle, or the newest complete step of the one that is there."""
 
 import dataclasses
-import json
 import logging
 import os
 import shutil
@@ -23,7 +22,7 @@ from data import balance
 from data.store import TokenStore
 from data.tokenizer import Tokenizer
 from model import transformer
-from train import feed, optimizer, state
+from train import feed, initial, optimizer, state
 from train.config import OPERATIONAL
 from train.state import TrainState
 
@@ -44,7 +43,8 @@ class Run:
 def start(experiment: Experiment, store: TokenStore) -> Run:
     """Opens or makes the bundle in `experiment.workdir`, on the mesh in use.
 
-    Resumes from the newest complete step: parameters, optimizer, step and data position.
+    Resumes from the newest complete step: parameters, optimizer, step and data position. A run
+    with no step of its own begins with the weights of `train.start`, or random ones.
     UserError if another run is there, or its tokenizer is not that of the data.
     """
     config, workdir = experiment.train, Path(experiment.workdir)
@@ -60,6 +60,8 @@ def start(experiment: Experiment, store: TokenStore) -> Run:
         )
     # Before its first checkpoint a run is nothing to protect: it starts again.
     resumes = not config.overwrite and has_steps(workdir)
+    # Before anything is written: a bundle that does not fit is refused with nothing lost.
+    model = None if resumes or not config.start else initial.restore(experiment, store, rules)
     if resumes:
         check_same(experiment, workdir)
     elif jax.process_index() == 0:
@@ -72,7 +74,10 @@ def start(experiment: Experiment, store: TokenStore) -> Run:
     bundle = Bundle(workdir, keep=config.keep)
     check_tokenizer(bundle, store)
     if not resumes:
-        fresh = state.create(experiment.model, rules, rule, config.seed)
+        if model is None:
+            fresh = state.create(experiment.model, rules, rule, config.seed)
+        else:
+            fresh = state.begin(model, rule)
         return Run(bundle, rule, rules, fresh, None)
     step = bundle.choose()
     for newer in (s for s in bundle.steps() if s > step):
@@ -108,10 +113,12 @@ def has_steps(workdir: Path) -> bool:
 
 def check_same(experiment: Experiment, workdir: Path) -> None:
     """UserError that shows the fields in which the run in `workdir` differs from this one."""
-    there = json.loads((workdir / checkpoint.CONFIG).read_text())
+    classes = {name: type(getattr(experiment, name)) for name in ("data", "model", "train")}
+    # Read as sections: a field that is newer than the run has its default there.
+    there = to_dict(checkpoint.read_config(workdir, **classes))
     here = to_dict(experiment)
     differ = []
-    for section in ("data", "model", "train"):
+    for section in classes:
         old, new = there.get(section, {}), here[section]
         differ += [
             f"{section}.{field}: {old.get(field)!r} there, {new.get(field)!r} here"

@@ -26,8 +26,12 @@ class TrainState:
 def create(
     config: ModelConfig, rules: Rules, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
-    """A fresh state; every array is born where `rules` put it."""
-    model = transformer.create(config, rules, jax.random.key(seed))
+    """A fresh state of random weights; every array is born where `rules` put it."""
+    return begin(transformer.create(config, rules, jax.random.key(seed)), optimizer)
+
+
+def begin(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step of a run that begins with `model`."""
     opt_state = jax.jit(optimizer.init)(tree.named_leaves(model))
     return TrainState(jnp.int32(0), model, opt_state)
 

@@ -21,8 +21,8 @@ from model.attention.kernels import device_kind, kernel_of, log_once
 from model.attention.pairs import Pairs
 from model.attention.picked import Picked
 from model.attention.picked_tpu import PickedTpu
+from model.attention.seen import keys_seen
 from model.attention.spec import AttentionSpec
-from model.flops import keys_seen
 
 # Kernels that go to chosen blocks in a way of their own; to the others these are tiles.
 PICKED: dict[ModuleType, type] = {splash: PickedTpu}

@@ -1,0 +1,112 @@
+"""Bytes of a model at work, from shapes alone: weights, cache, training state, activations.
+
+`int8` and `int4` are plans, which nothing here runs yet: the matrices of the layers in groups of
+`group` inputs, each key and each value of a head as one group, and a bfloat16 scale a group. What
+is no such matrix (embedding, head, norms, biases) is as in bfloat16.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+
+from core import sharding, tree
+from model import cache, parts, transformer
+from model.config import ModelConfig
+from model.transformer import Remat
+
+Format = Literal["float32", "bfloat16", "int8", "int4"]
+BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
+SCALE_BITS = 16
+MOMENTS = 2  # of Adam: the mean gradient, the mean square
+TRACED = 256  # tokens a row when activations are counted: all of them grow with the row
+
+
+class State(NamedTuple):
+    """Bytes that training holds whatever the batch; all parameters learn."""
+
+    parameters: int
+    gradients: int
+    moments: int
+
+
+class Kept(NamedTuple):
+    """Bytes of activations a token, that the forward pass keeps for the backward."""
+
+    device: float
+    host: float
+
+
+def weight_bytes(config: ModelConfig, form: Format, group: int) -> int:
+    """Bytes of the weights as decoding holds them: norms stay in `param_dtype`."""
+    quantised = parts.matrices(config) if form in ("int8", "int4") else {}
+    plain = 32 if form == "float32" else 16
+    bits = 0
+    for name, x in parts.shapes(config).items():
+        if name in quantised:
+            layers, inputs, outputs = quantised[name]
+            scales = math.ceil(inputs / group) * outputs * layers
+            bits += 8 * math.ceil(x.size * BITS[form] / 8) + SCALE_BITS * scales
+        else:
+            bits += x.size * (8 * x.dtype.itemsize if parts.part(name) == "norms" else plain)
+    return bits // 8
+
+
+def cache_bytes(config: ModelConfig, batch: int, length: int, form: Format) -> tuple[int, int]:
+    """(keys and values, all) of the cache for `batch` rows of `length` tokens.
+
+    Slots are those of cache.create: windows are rings, blocks that a kind chooses from come too.
+    """
+    dtype = form if form == "float32" else "bfloat16"
+    config = dataclasses.replace(config, dtype=dtype)
+    with parts.somewhere():
+        planned = jax.eval_shape(lambda: cache.create(config, batch, length, sharding.whole()))
+    plan = form in ("int8", "int4")
+    kv = 0
+    for x in jax.tree.leaves(planned.slots):
+        if x.ndim == 5 and plan and x.dtype == jnp.bfloat16:
+            kv += math.ceil(x.size * BITS[form] / 8) + x.size // x.shape[-1] * SCALE_BITS // 8
+        elif x.ndim == 5:
+            kv += x.size * x.dtype.itemsize
+    others = (x for x in jax.tree.leaves(planned) if x.ndim != 5)
+    return kv, kv + sum(x.size * x.dtype.itemsize for x in others)
+
+
+def token_bytes(config: ModelConfig, form: Format) -> int:
+    """Bytes of the keys and the values of one token, over the layers; none is out of reach."""
+    scale = SCALE_BITS if form in ("int8", "int4") else 0
+    slots = [(*config.kv_shape(spec), n) for slots, n in config.stages for spec in slots]
+    return sum(n * math.ceil(2 * K * (H * BITS[form] + scale) / 8) for K, H, n in slots)
+
+
+def state_bytes(config: ModelConfig) -> State:
+    """Of AdamW: gradient and moments have the dtype of the parameter."""
+    stored = tree.num_bytes(parts.shapes(config))
+    return State(stored, stored, MOMENTS * stored)
+
+
+def kept_bytes(config: ModelConfig, remat: Remat) -> Kept:
+    """What differentiation asks to keep, read from the program itself; XLA may keep less.
+
+    Of the layers and the final norm: the loss, and what a layer's backward works on, come on top.
+    """
+    config = dataclasses.replace(config, attention_kernel="chunked")  # reference keeps T x T
+    integers = jax.ShapeDtypeStruct((1, TRACED), jnp.int32)
+
+    def pullback(model, *at):
+        return jax.vjp(lambda model: model(*at, remat=remat)[0], model)[1]
+
+    with parts.somewhere():
+        model = transformer.abstract(config, sharding.whole())
+        program = jax.make_jaxpr(pullback)(model, *[integers] * 3).jaxpr
+    arguments, total = set(program.invars), {False: 0, True: 0}
+    for x in set(filter(_is_variable, program.outvars)) - arguments:
+        total[x.aval.memory_space == jax.memory.Space.Host] += x.aval.size * x.aval.dtype.itemsize
+    return Kept(total[False] / TRACED, total[True] / TRACED)
+
+
+def _is_variable(x: Any) -> bool:
+    return not isinstance(x, jax.extend.core.Literal)

@@ -41,7 +41,7 @@ def program(name):
         tokens_BT = jax.ShapeDtypeStruct((1, CHUNK), jnp.int32, sharding=place)
         step, args = steps.extend, (now, tokens_BT, jax.ShapeDtypeStruct((), jnp.int32), row_B)
     else:
-        how = dict(how=Sampling(temperature=0), eos=-1, vocab_size=320)
+        how = dict(how=Sampling(temperature=0), eos=(), vocab_size=320)
         step, args = functools.partial(steps.advance, **how), (decoding, decoding.done_B)
     lowered = jax.jit(step, donate_argnums=1).trace(model, *args)
     return lowered.lower(lowering_platforms=("tpu",)).compile(), tree.num_bytes(now.cache)

@@ -1,5 +1,6 @@
 """A foreign tokenizer.model: its library's ids, and no mark from text."""
 
+import numpy as np
 import pytest
 import tokenizer_cases as cases
 from tokenizer_cases import HARD, TEXTS, random_texts
@@ -38,6 +39,12 @@ def test_ids_and_text_are_those_of_the_library(tmp_path, name):
         assert ids.tolist() == other.encode(text)
         assert model.decode(ids) == other.decode(ids.tolist())
         assert model.decode([1, *ids, 2]) == other.decode(ids.tolist())
+    draw = np.random.default_rng(0)
+    pieces = [i for i in range(3, model.vocab_size) if not other.is_byte(i)]
+    space = other.piece_to_id("\u2581")
+    for _ in range(300):  # spaces and unknown characters anywhere
+        ids = draw.choice([0, *pieces, *[space] * 40], size=draw.integers(0, 8)).tolist()
+        assert model.decode(ids) == other.decode(ids)
 
 
 def test_marks_are_the_models_own_unless_files_tell(folder, gemma, tmp_path):
@@ -76,12 +83,16 @@ def test_symbols_that_are_marks_do_not_come_from_text(gemma):
 def test_files_beside_the_model_say_which_symbols_are_marks(gemma, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((gemma / "tokenizer.model").read_bytes())
     other = cases.library(gemma)
-    entries = {"<table>": True, "[INST]": False, "the": True}
+    word = next(t for t in map(other.id_to_piece, range(270, 300)) if t.isalpha() and len(t) > 1)
+    entries = {"<table>": True, "[INST]": False, word: True}
+    text = f"{word}<table>[INST]"
+    assert [other.piece_to_id(t) in other.encode(text) for t in entries] == [True] * 3
     decoder = {other.piece_to_id(t): {"content": t, "special": s} for t, s in entries.items()}
     cases.write(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": decoder})
     model = tokenizer.load(tmp_path)
-    ids = model.encode("the <table>[INST]").tolist()
+    ids = model.encode(text).tolist()
     assert [other.piece_to_id(t) in ids for t in entries] == [False, True, False]
+    assert model.decode(ids) == text
 
 
 def test_added_tokens_follow_the_pieces(folder, tmp_path):

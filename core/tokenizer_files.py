@@ -51,17 +51,12 @@ def kind(directory: str | Path) -> Kind | None:
     UserError when the file is damaged, or there is only one that we cannot read.
     """
     directory = Path(directory)
-    has_json, model = (directory / JSON).is_file(), directory / MODEL
-    if model.is_file():
-        try:
-            if sentencepiece_model.is_ours(sentencepiece_model.read(model)):
-                return "trained"
-        except UserError:
-            if not has_json:  # which is all that is needed
-                raise
+    has_json, has_model = ((directory / name).is_file() for name in (JSON, MODEL))
+    if has_model and _is_ours(directory, has_json):
+        return "trained"
     if has_json:
         return "huggingface"
-    if model.is_file():
+    if has_model:
         return "sentencepiece"
     for name in OTHER:
         if (directory / name).is_file():
@@ -70,6 +65,19 @@ def kind(directory: str | Path) -> Kind | None:
                 "transformers.AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY)"
             )
     return None
+
+
+def _is_ours(directory: Path, has_json: bool) -> bool:
+    """Whether we trained the model, and nobody went on with the tokenizer.json of our export."""
+    try:
+        model = sentencepiece_model.read(directory / MODEL)
+    except UserError:
+        if has_json:  # which is all that is needed
+            return False
+        raise
+    if not sentencepiece_model.is_ours(model):
+        return False
+    return not has_json or _read_json(directory / JSON) == sentencepiece_model.to_json(model)
 
 
 def import_tokenizer(source: str | Path, target: str | Path) -> Marks | None:

@@ -62,6 +62,11 @@ def test_our_own_opens_elsewhere_with_the_same_ids(tmp_path):
         assert other.decode(ids.tolist()) == text
     assert files.import_tokenizer(tmp_path / "out", tmp_path / "back") == Marks(1, (2,), 3)
     assert tokenizer.load(tmp_path / "back").fingerprint == ours.fingerprint
+    other.add_special_tokens(["<|turn|>"])  # what others add to it there counts
+    other.save(str(tmp_path / "out/tokenizer.json"))
+    more = tokenizer.load(tmp_path / "out")
+    assert (more.vocab_size, more.bos, more.eos) == (341, 1, (2,))
+    assert more.encode("a<|turn|>", special=True)[-1] == 340
 
 
 EOS = {

@@ -41,6 +41,8 @@ setup(
         "array-record>=0.8.3",
         "pyarrow>=17",
         "sentencepiece>=0.2.1",
+        "protobuf>=7.36.1",  # the generated code in sentencepiece refuses older ones
+        "tokenizers>=0.21",
         "ml-collections>=1.1",
         "absl-py>=2.1",
         "rich>=13",

@@ -29,6 +29,9 @@ class DataConfig(Section):
     validation_fraction: float = setting(
         0.05, "share of the documents kept for validation, chosen by hash of the text", above=0
     )
+    tokenizer: str = setting(
+        "", "directory of a tokenizer to use (a bundle's tokenizer/, Hugging Face); none: train one"
+    )
     vocab_size: int = setting(
         4096, "pieces of the tokenizer, its 4 marks and 256 bytes included", low=262
     )

@@ -94,7 +94,8 @@ def documents_of(store: TokenStore, rows: Sequence[int], length: int) -> list[li
 class Validation(Sequence):
     """Batches that hold every token of a store once as a token, so that sums are exact.
 
-    The sum of weights * nll over all batches is that of all documents, ends included and bos not.
+    The sum of weights * nll over all batches is that of all documents: of every token but the
+    first, which is bos if the tokenizer has one.
     The tail is padding: segment 0, weight 0. Every process has the same number of batches.
     """
 

@@ -22,13 +22,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from core import cli
+from core import cli, tokenizer_files
 from core.config import Experiment, UserError, to_dict
-from data import store, tokenizer
+from data import store, tokenizer, tokenizer_trained
 from data.config import DataConfig
 from data.curate import REMOVED, Text, curate
 from data.sample import Sample
 from data.sources import documents
+from data.tokenizer_base import Tokenizer
 
 SPLITS = ("train", "validation")
 ENCODE_BYTES = 4_000_000  # of text at a time: enough to share lines, little beside the rest
@@ -58,10 +59,16 @@ def main(experiment: Experiment) -> dict[str, Any]:
 
 def build(config: DataConfig, directory: Path, progress: Progress) -> dict[str, Any]:
     """Writes everything into `directory`; returns the manifest."""
-    found = survey(config, progress)
-    task = progress.add_task("training the tokenizer", total=None)
-    model = tokenizer.train(found.sample.texts(), config.vocab_size, directory / "tokenizer")
-    progress.update(task, total=1, completed=1)
+    if config.tokenizer:
+        model = given(config, directory / "tokenizer")
+        found = survey(config, progress)
+    else:
+        found = survey(config, progress)
+        task = progress.add_task("training the tokenizer", total=None)
+        texts = found.sample.texts()
+        model = tokenizer_trained.train(texts, config.vocab_size, directory / "tokenizer")
+        progress.update(task, total=1, completed=1)
+    bos = [] if model.bos is None else [model.bos]
 
     task = progress.add_task("encoding", total=found.num_bytes)
     dtype = store.token_dtype(model.vocab_size)
@@ -70,7 +77,7 @@ def build(config: DataConfig, directory: Path, progress: Progress) -> dict[str, 
     for group in grouped(curate(documents(config), counts)):
         for item, ids in zip(group, model.encode_batch([t.text for t in group]), strict=True):
             split = item.split(config.validation_fraction)
-            tokens = np.concatenate([[model.bos], ids, [model.eos]])
+            tokens = np.concatenate([bos, ids, [model.eos[0]]])
             writers[split].add(item.id, tokens, item.num_bytes)
             if split == "validation":
                 gzip_bytes += len(gzip.compress(item.text.encode(), 9))
@@ -89,6 +96,27 @@ def build(config: DataConfig, directory: Path, progress: Progress) -> dict[str, 
     )
     store.write_manifest(directory, manifest)
     return manifest
+
+
+def given(config: DataConfig, directory: Path) -> Tokenizer:
+    """A copy in `directory` of the tokenizer that data.tokenizer names."""
+    source = f"data.tokenizer={config.tokenizer}"
+    try:
+        model = tokenizer.load(config.tokenizer)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    if config.vocab_size not in (DataConfig.vocab_size, model.vocab_size):
+        raise UserError(
+            f"data.vocab_size={config.vocab_size} is for a tokenizer to train, but {source} is "
+            f"there already, with {model.vocab_size} tokens: set data.vocab_size to that"
+        )
+    if not model.eos:
+        raise UserError(
+            f"{source} names no token that ends a text: write eos_token_id into its "
+            "generation_config.json"
+        )
+    tokenizer_files.import_tokenizer(config.tokenizer, directory)
+    return model
 
 
 @dataclasses.dataclass(frozen=True)

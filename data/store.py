@@ -5,7 +5,8 @@
     train-00000.idx      uint64 for each document: the token where it ends, counted in the shard
     train-00000.names    one JSON string for each document: where it came from
 
-`TokenStore` reads a split as one long array, `Writer` makes it. A document is bos, text, eos.
+`TokenStore` reads a split as one long array, `Writer` makes it. A document is text between bos
+(if the tokenizer has one) and eos.
 """
 
 import hashlib

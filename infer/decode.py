@@ -19,7 +19,7 @@ from core import cli, tree
 from core.checkpoint import write_text
 from core.config import Experiment, UserError
 from core.sharding import MeshConfig, make_mesh, prefilling
-from data.tokenizer import Tokenizer
+from data.tokenizer_base import Tokenizer
 from infer import load, text
 from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
@@ -42,12 +42,12 @@ class Row:
     decode_seconds: float = 0.0
     unshown: str = ""
 
-    def add(self, token: int, logprob: float, eos: int, max_tokens: int) -> None:
+    def add(self, token: int, logprob: float, eos: tuple[int, ...], max_tokens: int) -> None:
         """One more token; may end the row."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
         self.unshown += self.writer.push(token) if self.writer else f"{token} "
-        if token == eos or (self.writer and self.writer.stopped):
+        if token in eos or (self.writer and self.writer.stopped):
             self.finish_reason = "stop"
         elif len(self.tokens) == max_tokens:
             self.finish_reason = "length"
@@ -89,7 +89,7 @@ def main(experiment: Experiment) -> list[dict]:
         engine = Engine(model, plan, found.tokenizer, how)
         print(header(found, config, tree.num_elements(model)), file=sys.stderr, flush=True)
         rows = [
-            Row(prompt, sample, Writer(found.tokenizer, config.stop) if found.tokenizer else None)
+            Row(prompt, sample, writer(prompt, config, found.tokenizer))
             for prompt in prompts
             for sample in range(config.n)
         ]
@@ -116,7 +116,7 @@ def read_prompts(config: DecodeConfig, found: Found) -> list[Prompt]:
         vocab_size = tokenizer.vocab_size if tokenizer else model.vocab_size
         prompts = text.read(config.prompts, "decode.prompts", tokenizer, vocab_size)
     else:
-        prompts = [text.from_text(config.prompt, tokenizer)]
+        prompts = [text.from_text(config.prompt, f"decode.prompt={config.prompt!r}", tokenizer)]
     for number, prompt in enumerate(prompts, 1):
         room = model.context - len(prompt.tokens)
         if room < config.max_tokens:
@@ -129,12 +129,17 @@ def read_prompts(config: DecodeConfig, found: Found) -> list[Prompt]:
     return prompts
 
 
+def writer(prompt: Prompt, config: DecodeConfig, tokenizer: Tokenizer | None) -> Writer | None:
+    """What writes the text after a prompt; None where ids are the text."""
+    return Writer(tokenizer, config.stop, prompt.tokens) if tokenizer else None
+
+
 def decode(
     engine: Engine, rows: list[Row], config: DecodeConfig, tokenizer: Tokenizer | None
 ) -> Iterator[None]:
     """Grows one batch of rows to their ends; yields whenever they have grown."""
     prompts = [row.prompt.tokens for row in rows]
-    eos = tokenizer.eos if tokenizer else -1
+    eos = tokenizer.eos if tokenizer else ()
     began = engine.clock()
     now = jax.block_until_ready(engine.prefill(prompts))
     prefilled = engine.clock()

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from core import sharding, tree
-from data.tokenizer import Tokenizer
+from data.tokenizer_base import Tokenizer
 from infer import steps
 from infer.sampling import Counts, Sampling
 from infer.steps import Prefilled, State
@@ -66,7 +66,7 @@ class Engine:
         self.decoder = tree.with_leaves(one_by_one, tree.named_leaves(model))
         static = dict(
             how=how,
-            eos=tokenizer.eos if tokenizer else -1,
+            eos=tokenizer.eos if tokenizer else (),
             vocab_size=tokenizer.vocab_size if tokenizer else model.config.vocab_size,
         )
         self._jitted = {

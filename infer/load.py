@@ -14,7 +14,8 @@ from core import tree
 from core.checkpoint import Bundle
 from core.config import UserError
 from core.sharding import Rules, prefilling
-from data.tokenizer import Tokenizer
+from data import tokenizer as tokenizers
+from data.tokenizer_base import Tokenizer
 from model import transformer
 from model.config import ModelConfig
 from model.transformer import Transformer
@@ -34,7 +35,7 @@ def find(path: str | Path, step: int | None = None) -> Found:
     bundle = Bundle(path)
     try:
         config = bundle.config(model=ModelConfig).model
-        tokenizer = Tokenizer.load(bundle.tokenizer) if bundle.tokenizer else None
+        tokenizer = tokenizers.load(bundle.tokenizer) if bundle.tokenizer else None
         found = Found(bundle.path, bundle.choose(step), config, tokenizer)
     finally:
         bundle.close()

@@ -4,6 +4,8 @@ Rows are padded on the right: token t of a row has position t, and segment 0 mar
 """
 
 import dataclasses
+import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +105,7 @@ def advance(
     stopped_B: jax.Array,
     *,
     how: Sampling,
-    eos: int,
+    eos: tuple[int, ...],
     vocab_size: int,
     steps: int = STEPS,
 ) -> tuple[State, jax.Array, jax.Array, jax.Array]:
@@ -111,7 +113,7 @@ def advance(
 
     Tokens are -1 where a row had ended before.
 
-    `stopped_B` ends rows from outside. A row ends with the token `eos`, which it keeps, or at
+    `stopped_B` ends rows from outside. A row ends with a token of `eos`, which it keeps, or at
     its limit. Log-probabilities are the model's own: before penalties and temperature.
     """
     rules = model.rules
@@ -164,7 +166,7 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def _add(
-    model: Transformer, state: State, token_B: jax.Array, active_B: jax.Array, eos: int
+    model: Transformer, state: State, token_B: jax.Array, active_B: jax.Array, eos: tuple[int, ...]
 ) -> State:
     """The state with one more token in each active row."""
     position_B = state.length_B + state.made_B
@@ -175,10 +177,12 @@ def _add(
     if counts is not None:
         hit_BV = jnp.arange(counts.output_BV.shape[1])[None, :] == token_B[:, None]
         counts = counts._replace(output_BV=counts.output_BV + (hit_BV & active_B[:, None]))
+    limited_B = made_B >= state.limit_B
+    ended_B = functools.reduce(operator.or_, (token_B == mark for mark in eos), limited_B)
     return dataclasses.replace(
         state,
         prefilled=prefilled,
         made_B=made_B,
-        done_B=state.done_B | (token_B == eos) | (made_B >= state.limit_B),
+        done_B=state.done_B | ended_B,
         counts=counts,
     )

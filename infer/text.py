@@ -3,17 +3,18 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from core.config import UserError
-from data.tokenizer import Stream, Tokenizer
+from data.tokenizer_base import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What a row starts with. Text starts with bos, as documents do in training."""
+    """What a row starts with. Text starts with bos, if there is one, as documents in training."""
 
     text: str | None  # None when token ids were given
     tokens: np.ndarray  # int32 [T], bos included
@@ -39,7 +40,10 @@ def read(path: str, field: str, tokenizer: Tokenizer | None, vocab_size: int) ->
             raise UserError(f"{field}={path} is not UTF-8: {error}") from None
     lines = content.removesuffix("\n").split("\n") if content else []
     if not is_json:
-        prompts = [from_text(line, tokenizer) for line in lines]
+        prompts = [
+            from_text(line, f"{field}={path} line {number}", tokenizer)
+            for number, line in enumerate(lines, 1)
+        ]
     else:
         prompts = [
             _from_json(line, f"{field}={path} line {number}", tokenizer, vocab_size)
@@ -51,14 +55,21 @@ def read(path: str, field: str, tokenizer: Tokenizer | None, vocab_size: int) ->
     return prompts
 
 
-def from_text(text: str, tokenizer: Tokenizer | None) -> Prompt:
-    """The prompt bos + text."""
+def from_text(text: str, where: str, tokenizer: Tokenizer | None) -> Prompt:
+    """The prompt bos + text; `where` is what errors name."""
     if tokenizer is None:
         raise UserError(
             "the bundle has no tokenizer, so it takes no text: "
             'give a .jsonl whose lines are {"tokens": [...]}'
         )
-    return Prompt(text, np.concatenate([[tokenizer.bos], tokenizer.encode(text)]).astype(np.int32))
+    bos = [] if tokenizer.bos is None else [tokenizer.bos]
+    tokens = np.concatenate([bos, tokenizer.encode(text)]).astype(np.int32)
+    if not tokens.size:
+        raise UserError(
+            f"{where} is an empty text, and texts of this tokenizer begin with no mark, so the "
+            "model has nothing to read: give at least one character"
+        )
+    return Prompt(text, tokens)
 
 
 def _from_json(line: str, where: str, tokenizer: Tokenizer | None, vocab_size: int) -> Prompt:
@@ -71,7 +82,7 @@ def _from_json(line: str, where: str, tokenizer: Tokenizer | None, vocab_size: i
     if "text" in row:
         if not isinstance(row["text"], str):
             raise UserError(f"{where}: text is {type(row['text']).__name__}, not a string")
-        return from_text(row["text"], tokenizer)
+        return from_text(row["text"], where, tokenizer)
     tokens = row["tokens"]
     if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
         raise UserError(f"{where}: tokens must be a list of integers")
@@ -89,8 +100,9 @@ class Writer:
     A text that may be the start of a stop string is held back until that is known.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]):
-        self._stream, self._stop = Stream(tokenizer), stop
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], after: Sequence[int] = ()):
+        """`after`: the tokens that the row continues, on which a space may depend."""
+        self._stream, self._stop = tokenizer.stream(after), stop
         self._held = ""
         self.text, self.stopped = "", False
 

@@ -60,12 +60,12 @@ def read(tmp_path, split):
     """The texts of a split, decoded from its tokens, by name."""
     tokens = store.TokenStore(tmp_path / "run/data", split)
     tokens.verify()
-    model = tokenizer.Tokenizer.load(tmp_path / "run/data/tokenizer")
+    model = tokenizer.load(tmp_path / "run/data/tokenizer")
     assert model.fingerprint == tokens.manifest["tokenizer"]
     texts = {}
     for name, start, stop in zip(tokens.names(), tokens.starts, tokens.starts[1:], strict=False):
         ids = tokens[start:stop]
-        assert (ids[0], ids[-1]) == (model.bos, model.eos) and min(ids[1:-1]) > 3
+        assert (ids[0], ids[-1]) == (model.bos, *model.eos) and min(ids[1:-1]) > 3
         texts[name] = model.decode(ids)
     return texts
 
@@ -126,7 +126,7 @@ def test_the_tokenizer_never_sees_validation_text(tmp_path, folder):
             break
     run(tmp_path, config(folder))
     assert str(marked) in read(tmp_path, "validation")
-    model = tokenizer.Tokenizer.load(tmp_path / "run/data/tokenizer")
+    model = tokenizer.load(tmp_path / "run/data/tokenizer")
     assert len(model.encode("zyzzyva")) == 7  # z and y are bytes, and no piece joins them
 
 

@@ -42,7 +42,7 @@ def program(name):
         number = jax.ShapeDtypeStruct((), jnp.int32)
         step, args = steps.extend, (now, tokens_BT, number, row_B, number)
     else:
-        how = dict(how=Sampling(temperature=0), eos=-1, vocab_size=320)
+        how = dict(how=Sampling(temperature=0), eos=(), vocab_size=320)
         step, args = functools.partial(steps.advance, **how), (decoding, decoding.done_B)
     lowered = jax.jit(step, donate_argnums=1).trace(model, *args)
     return lowered.lower(lowering_platforms=("tpu",)).compile(), tree.num_bytes(now.cache)

@@ -68,6 +68,15 @@ def test_operational_fields_may_differ(tmp_path, finished):
     assert list(rows(workdir, "eval_loss")) == [10, 12]
 
 
+def test_a_run_from_before_data_had_a_tokenizer_goes_on(tmp_path, monkeypatch, capsys, finished):
+    workdir = copy(finished, tmp_path / "run")
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["data"].pop("tokenizer") == ""
+    (workdir / "config.json").write_text(json.dumps(config))
+    status, err = command(capsys, monkeypatch, experiment(workdir))
+    assert status == 0 and "step 12 is the last one: nothing to do" in err
+
+
 def test_finished_run_has_nothing_to_do(tmp_path, monkeypatch, capsys, finished):
     workdir = copy(finished, tmp_path / "run")
     steps = {p: t for p, t in snapshot(workdir).items() if "tensorboard" not in str(p)}

@@ -18,9 +18,8 @@ from core import checkpoint, sharding, tree
 from core.checkpoint import Bundle
 from core.config import Experiment, UserError, to_dict, to_json
 from core.sharding import Rules
-from data import balance
+from data import balance, tokenizer
 from data.store import TokenStore
-from data.tokenizer import Tokenizer
 from model import transformer
 from train import feed, initial, optimizer, state
 from train.config import OPERATIONAL
@@ -120,6 +119,8 @@ def check_same(experiment: Experiment, workdir: Path) -> None:
     differ = []
     for section in classes:
         old, new = there.get(section, {}), here[section]
+        if section == "data":
+            old = {"tokenizer": ""} | old  # runs older than this field trained their own
         differ += [
             f"{section}.{field}: {old.get(field)!r} there, {new.get(field)!r} here"
             for field in sorted(old.keys() | new.keys())
@@ -135,7 +136,7 @@ def check_same(experiment: Experiment, workdir: Path) -> None:
 
 def check_tokenizer(bundle: Bundle, store: TokenStore) -> None:
     """UserError unless the bundle's tokenizer is the one that made the tokens."""
-    ours = Tokenizer.load(bundle.path / checkpoint.TOKENIZER).fingerprint
+    ours = tokenizer.load(bundle.path / checkpoint.TOKENIZER).fingerprint
     theirs = store.manifest["tokenizer"]
     if ours != theirs:
         raise UserError(

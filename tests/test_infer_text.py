@@ -1,0 +1,34 @@
+"""Prompts and texts with tokenizers of others: no bos, hidden spaces."""
+
+import infer_cases as cases
+import pytest
+import tokenizer_cases
+
+from core.config import UserError
+from data import tokenizer as tokenizers
+from infer import decode, load, text
+from infer.config import DecodeConfig
+
+
+def test_text_begins_with_bos_only_where_there_is_one(tmp_path):
+    llama3 = tokenizers.load(tokenizer_cases.byte_level(tmp_path / "llama3"))
+    gpt2 = tokenizers.load(tokenizer_cases.byte_level(tmp_path / "gpt2", before=None))
+    ids = gpt2.encode("the <|end|>").tolist()
+    assert text.from_text("the <|end|>", "", llama3).tokens.tolist() == [300, *ids]
+    assert text.from_text("the <|end|>", "", gpt2).tokens.tolist() == ids
+    assert text.from_text("", "", llama3).tokens.tolist() == [300]
+    (tmp_path / "p.txt").write_text("one\n\n")
+    with pytest.raises(UserError, match=r"decode.prompts=.*p.txt line 2 is an empty text"):
+        text.read(str(tmp_path / "p.txt"), "decode.prompts", gpt2, 304)
+    found = load.Found(tmp_path, 0, cases.model_config(), gpt2)
+    with pytest.raises(UserError, match="decode.prompt='' is an empty text"):
+        decode.read_prompts(DecodeConfig(), found)
+
+
+def test_the_space_after_a_prompt_is_shown(tmp_path):
+    """A tokenizer that hides the space at the start of a text: Llama 2."""
+    llama2 = tokenizers.load(tokenizer_cases.sentencepiece_model(tmp_path))
+    prompt = text.from_text("The", "", llama2)
+    row = decode.writer(prompt, DecodeConfig(stop=("dog",)), llama2)
+    new = llama2.encode("The fox dog")[len(prompt.tokens) - 1 :].tolist()
+    assert "".join(map(row.push, new)) + row.flush() == " fox "

@@ -4,9 +4,9 @@
     python -m train.pretrain --config=configs/finetune.py:runs/quickstart \\
         --config.model.context=65536 --config.train.length=65536 --config.train.batch_size=1
 
-The argument is the bundle. Its model section is the start of this one: sizes stay, and what it says
-of windows, RoPE and context may change. The data must be prepared with its tokenizer. `:tiny` is
-the same loop with random weights.
+The argument is the bundle, one trained here or one that model.convert made. Its model section is
+the start of this one: sizes stay, and what it says of windows, RoPE and context may change. Its
+tokenizer, if it has one, is that of data.prepare. `:tiny` is the same loop with random weights.
 
 Hardware: that of the bundle. Expected: a first loss that is the bundle's own on this text.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from core.checkpoint import read_config
+from core.checkpoint import TOKENIZER, read_config
 from core.config import Experiment, UserError, editable
 from core.sharding import MeshConfig
 from data.config import DataConfig
@@ -46,7 +46,10 @@ def get_config(arg: str = "") -> ConfigDict:
         model = read_config(arg, model=ModelConfig).model
     except UserError as error:
         raise UserError(f"configs/finetune.py:{arg}: {error}; it also has :tiny") from None
-    return editable(experiment(f"{Path(arg).name}-finetune", model, start=arg))
+    config = editable(experiment(f"{Path(arg).name}-finetune", model, start=arg))
+    if (Path(arg) / TOKENIZER).is_dir():
+        config.data.tokenizer = str(Path(arg) / TOKENIZER)
+    return config
 
 
 def experiment(name: str, model: ModelConfig, start: str) -> Experiment:
@@ -58,7 +61,7 @@ def experiment(name: str, model: ModelConfig, start: str) -> Experiment:
         mesh=MeshConfig(),
         train=TrainConfig(
             start=start,
-            length=model.context,
+            length=min(model.context, 2048),
             learning_rate=3e-4,
             final_fraction=0.0,
             eval_every=100,

@@ -10,14 +10,16 @@ Expected: 71 s on 2 cores; it fits (8.9 of 95.7 GiB), 1.44 PFLOP a device and 3.
 `make aot-ladder` writes docs/aot.md for other lengths and slices.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from core.config import Experiment, UserError, editable
 from core.sharding import MeshConfig
 from data.config import DataConfig
 from infer.config import BenchConfig, DecodeConfig, ScoreConfig
+from model import families
 from model.attention.spec import full, nsa, sliding
-from model.config import ModelConfig
 from model.rope import Rope
 from train.config import AotConfig, TrainConfig
 
@@ -47,18 +49,10 @@ def get_config(arg: str = "") -> ConfigDict:
         Experiment(
             name="llama3-8b",
             data=DataConfig(source="files", files=("texts/*.txt",), vocab_size=128_256),
-            model=ModelConfig(
-                vocab_size=128_256,
+            model=dataclasses.replace(
+                families.PRESETS["llama-3-8b"],
                 context=length,
-                num_layers=32,
-                embed_dim=4096,
-                num_heads=32,
-                num_kv_heads=8,
-                head_dim=128,
-                mlp_dim=14_336,
                 pattern=patterns.get(variant, patterns[""]),
-                norm_eps=1e-5,
-                tied_head=False,
             ),
             mesh=MeshConfig(data=max(1, TOKENS // length), seq=-1),
             train=TrainConfig(

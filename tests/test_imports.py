@@ -21,8 +21,8 @@ MAY_IMPORT = {
 CONFIGS_MAY_IMPORT = {
     "core.checkpoint",
     "core.sharding",
+    "model",
     "model.attention.spec",
-    "model.families",
     "model.rope",
 }
 MAX_LINES = 400

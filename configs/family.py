@@ -4,8 +4,9 @@
     python -m train.aot --config=configs/family.py:gemma-3-4b --config.aot.topology=v5e:4x4
     python -m train.pretrain --config=configs/family.py:gpt2-124m
 
-The argument is a name in model/families (PRESETS); a wrong one lists them. Weights are random:
-python -m model.convert brings published ones, and configs/finetune.py goes on from those.
+The argument is a name in model/families (PRESETS), gpt2-124m by default; a wrong one lists them.
+Weights are random: python -m model.convert brings published ones, and configs/finetune.py goes on
+from those.
 
 Hardware: for describe and aot a laptop. Expected: model.describe answers in seconds.
 """
@@ -27,6 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """The experiment of the size `arg`; `:tiny` is the smallest one's in seconds, on a CPU."""
     if arg == "tiny":
         return tiny()
+    arg = arg or "gpt2-124m"
     if arg not in families.PRESETS:
         raise UserError(
             f"configs/family.py:{arg} is no published size; there are :tiny, "

@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), half-split as in LLaMA.
 
-    Rope(500_000.0)                                                      a larger base ("ABF")
-    Rope(scaling="yarn", factor=4.0, original=4096, magnitude=1.139)     4 times as long a context
+    Rope(500_000.0)                                    a larger base ("ABF")
+    Rope(scaling="yarn", factor=4.0, original=4096)    4 times as long a context
 
 Frequencies are made in float64 where they are constants, angles always in float32.
 """
@@ -37,7 +37,9 @@ class Rope(Section):
     fast: float = setting(32.0, "yarn, llama3: turns within `original`, high end", above=0)
     truncate: bool = setting(True, "yarn: the blend starts and ends at whole pairs")
     fraction: float = setting(1.0, "of the pairs that turn, the fastest", above=0, high=1)
-    magnitude: float = setting(1.0, "cos and sin are multiplied by it", above=0)
+    attention_factor: float = setting(
+        0.0, "cos and sin are multiplied by it; 0 is what the paper says", low=0
+    )
     short: tuple[float, ...] = setting((), "longrope: a divisor a pair, up to `original`", above=0)
     long: tuple[float, ...] = setting((), "longrope: a divisor a pair, beyond `original`", above=0)
 
@@ -68,6 +70,17 @@ class Rope(Section):
             )
         if self.fast <= self.slow:
             raise UserError(f"fast={self.fast} must be more than slow={self.slow}")
+
+    @property
+    def magnitude(self) -> float:
+        """What cos and sin are multiplied by; of both papers, section 3."""
+        if self.attention_factor:
+            return self.attention_factor
+        if self.scaling == "yarn":
+            return 0.1 * math.log(self.factor) + 1
+        if self.scaling == "longrope":
+            return math.sqrt(1 + math.log(self.factor) / math.log(self.original))
+        return 1.0
 
     @property
     def by_length(self) -> bool:

@@ -199,6 +199,9 @@ def test_unknown_families_and_attributes_are_refused_by_name():
     refused({**llama, "rope_scaling": {"type": "yarn"}}, "no factor")
     refused({**llama, "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5")
     refused({**json_of("gemma-2-27b"), "use_bidirectional_attention": True}, "use_bidirectional")
+    refused({**llama, "rope_scaling": {"type": "llama3", "factor": 8.0}}, "has no original_max")
+    refused({**llama, "hidden_size": None}, "model_type='llama' is damaged")
+    refused({**llama, "vocab_size": "many"}, "vocab_size='many'")
     layers = {"layer_types": ["full_attention", "chunked_attention"] * 14}
     refused({**json_of("qwen-2.5-7b"), **layers}, "'chunked_attention'", "full_attention")
     refused({**llama, "num_attention_heads": 30}, "num_heads=30", "num_kv_heads=8")

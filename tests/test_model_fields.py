@@ -86,7 +86,7 @@ ROPE_FLIPS = {
     "fast": (Rope(**YARN), Rope(**YARN, fast=8.0)),
     "truncate": (Rope(**YARN), Rope(**YARN, truncate=False)),
     "fraction": (Rope(), Rope(fraction=0.5)),
-    "magnitude": (Rope(), Rope(magnitude=1.5)),
+    "attention_factor": (Rope(), Rope(attention_factor=1.5)),
     "short": (
         Rope(**LONG, short=(1.0,) * 4, long=(2.0,) * 4),
         Rope(**LONG, short=(1.5,) * 4, long=(2.0,) * 4),

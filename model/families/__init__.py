@@ -49,7 +49,10 @@ def read(found: Mapping[str, Any]) -> ModelConfig:
             f"config.json: model_type={model_type!r} is not supported; "
             f"these are: {', '.join((*FAMILIES, *WRAPPERS))}"
         )
-    return FAMILIES[model_type].read(model_type, dict(found))
+    try:
+        return FAMILIES[model_type].read(model_type, dict(found))
+    except (TypeError, AttributeError) as error:  # a value of another type than it should be
+        raise UserError(f"config.json of model_type={model_type!r} is damaged: {error}") from None
 
 
 def write(config: ModelConfig) -> dict[str, Any]:

@@ -39,6 +39,8 @@ FIELDS = {  # of each rope_type, beside rope_theta
         "long_factor",
     ),
 }
+NEEDED = {kind: ("factor",) for kind in ("linear", "dynamic", "yarn")}
+NEEDED |= {"llama3": FIELDS["llama3"], "longrope": ("short_factor", "long_factor")}
 
 
 def read(attributes: Attributes, context: int, theta: float = 10_000.0) -> Rope:
@@ -65,16 +67,20 @@ def parse(given: Mapping[str, Any], context: int) -> Rope:
             raise UserError(
                 f"config.json: {field}={value!r} is not supported with rope_type={kind!r}"
             )
+    for field in NEEDED.get(kind, ()):
+        if field not in given:
+            raise UserError(f"config.json: rope_type={kind!r} has no {field}")
     if kind == "default":
         return Rope(base)
     original = given.get("original_max_position_embeddings", context)
     if kind == "longrope":
-        return _longrope(base, given, original, context)
+        divisors = {x: tuple(map(float, given[f"{x}_factor"])) for x in ("short", "long")}
+        factor = float(given.get("factor", context / original))
+        how = dict(divisors, attention_factor=_attention_factor(given, factor))
+        return Rope(base, "longrope", factor, original, **how)
     if kind == "proportional":  # the rest of the pairs does not turn (Gemma 4)
         factor, fraction = given.get("factor", 1.0), given.get("partial_rotary_factor", 1.0)
         return Rope(base, "none" if factor == 1 else "linear", factor, fraction=fraction)
-    if "factor" not in given:
-        raise UserError(f"config.json: rope_type={kind!r} has no factor")
     factor = float(given["factor"])
     if kind == "linear":
         return Rope(base, "linear", factor)
@@ -84,33 +90,19 @@ def parse(given: Mapping[str, Any], context: int) -> Rope:
         turns = float(given["low_freq_factor"]), float(given["high_freq_factor"])
         return Rope(base, "llama3", factor, original, *turns)
     turns = float(given.get("beta_slow", 1)), float(given.get("beta_fast", 32))
-    how = dict(truncate=given.get("truncate", True), magnitude=_yarn_magnitude(given, factor))
-    return Rope(base, "yarn", factor, original, *turns, **how)
+    how = dict(attention_factor=_attention_factor(given, factor))
+    return Rope(base, "yarn", factor, original, *turns, given.get("truncate", True), **how)
 
 
-def _yarn_magnitude(given: Mapping[str, Any], factor: float) -> float:
-    """0.1 ln(factor) + 1 (arXiv 2309.00071, section 3.4), or DeepSeek's ratio of two such."""
+def _attention_factor(given: Mapping[str, Any], factor: float) -> float:
+    """The number given, or DeepSeek's ratio of two such as YaRN has; 0 for what the paper says."""
 
     def of(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+        return 0.1 * weight * math.log(factor) + 1
 
-    if "attention_factor" in given:
-        return float(given["attention_factor"])
-    if given.get("mscale") and given.get("mscale_all_dim"):
+    if "attention_factor" not in given and given.get("mscale") and given.get("mscale_all_dim"):
         return of(given["mscale"]) / of(given["mscale_all_dim"])
-    return of(1.0)
-
-
-def _longrope(base: float, given: Mapping[str, Any], original: int, context: int) -> Rope:
-    factor = float(given.get("factor", context / original))
-    magnitude = 1.0  # sqrt(1 + ln(factor) / ln(original)): arXiv 2402.13753, section 3.3
-    if factor > 1:
-        magnitude = math.sqrt(1 + math.log(factor) / math.log(original))
-    divisors = (tuple(map(float, given[name])) for name in ("short_factor", "long_factor"))
-    short, long = divisors
-    magnitude = float(given.get("attention_factor", magnitude))
-    fields = dict(magnitude=magnitude, short=short, long=long)
-    return Rope(base, "longrope", factor, original, **fields)
+    return float(given.get("attention_factor", 0.0))
 
 
 def context(rope: Rope, context: int) -> int:
@@ -138,8 +130,8 @@ def scaling(rope: Rope) -> dict[str, Any] | None:
     given: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
     if rope.original and rope.scaling != "dynamic":
         given["original_max_position_embeddings"] = rope.original
-    if rope.scaling in ("yarn", "longrope"):
-        given["attention_factor"] = rope.magnitude
+    if rope.attention_factor:
+        given["attention_factor"] = rope.attention_factor
     if rope.scaling == "yarn":
         given |= {"beta_slow": rope.slow, "beta_fast": rope.fast, "truncate": rope.truncate}
     if rope.scaling == "llama3":

@@ -10,7 +10,16 @@ from setuptools import setup
 
 # The libtpu that this jaxlib can read the programs of; it compiles for TPUs without one.
 TPU_COMPILER = ["jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"]
-PACKAGES = ["configs", "core", "data", "infer", "model", "model.attention", "train"]
+PACKAGES = [
+    "configs",
+    "core",
+    "data",
+    "infer",
+    "model",
+    "model.attention",
+    "model.families",
+    "train",
+]
 
 setup(
     name="cakrawala",
@@ -25,6 +34,7 @@ setup(
         "flax>=0.12.8",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "tensorstore>=0.1.80",
         "numpy>=2.0",
         "tensorflow-datasets>=4.9.10",
         "importlib_resources>=6",  # tensorflow-datasets imports it without asking for it

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from model import checkpoint_files, families, safetensors
@@ -80,7 +80,7 @@ def make(directory: Path, layers: int) -> int:
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config_json))
     tensors = families.tensors(families.read(config_json))
-    dtype = np.dtype(ml_dtypes.bfloat16)
+    dtype = np.dtype(jnp.bfloat16)
     shapes = {tensor.name: tensor.layout.shape for tensor in tensors}
     writer = Writer(directory / checkpoint_files.WHOLE, shapes, dtype)
     random = np.random.default_rng(0)

@@ -55,6 +55,8 @@ class _Handler(ocp.type_handlers.NumpyHandler):
             for rows in row_blocks(values.shape, value.dtype):
                 block = values[rows].astype(value.dtype, copy=False)
                 await target[rows].write(block, can_reference_source_data_indefinitely=True)
+                del block
+            del values  # before the next part is made
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:

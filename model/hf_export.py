@@ -56,6 +56,7 @@ def save(
         for tensor, values in joined(step, group):
             writers[tensor.name].write(tensor.name, values)
             done(tensor.name)
+            del values
     for writer in dict.fromkeys(writers.values()):
         writer.close()
     if count > 1:
@@ -78,3 +79,4 @@ def joined(step: Path, group: list[Tensor]) -> Iterator[tuple[Tensor, np.ndarray
         values = [store.read(first, first + len(some)) for store in stores]
         for i, tensor in enumerate(some):
             yield tensor, tensor.layout.join(*(value[i] for value in values))
+        del values  # before the next layers are read

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-CHUNK = 1 << 26  # bytes stored as one piece, at most
+CHUNK = 1 << 25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,8 @@ class _Handler(ocp.type_handlers.NumpyHandler):
             for rows in row_blocks(values.shape, value.dtype):
                 block = values[rows].astype(value.dtype, copy=False)
                 await target[rows].write(block, can_reference_source_data_indefinitely=True)
+                del block
+            del values  # before the next part is made
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:
@@ -78,15 +80,29 @@ def row_blocks(shape: tuple[int, ...], dtype: np.dtype) -> list[slice]:
     return [slice(i, min(i + step, shape[0])) for i in range(0, shape[0], step)]
 
 
-def stored(directory: Path, name: str) -> tensorstore.TensorStore:
-    """A saved array by name, to be read in slices; `directory` is an item of a step."""
-    spec = {
-        "driver": "zarr",
-        "kvstore": {"driver": "ocdbt", "base": directory.as_uri() + "/", "path": name + "/"},
-    }
-    return tensorstore.open(spec, open=True, read=True).result()
+class Stored:
+    """A saved array, to be read in parts; `directory` is an item of a step."""
 
+    def __init__(self, directory: Path, name: str):
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "ocdbt", "base": directory.as_uri() + "/", "path": name + "/"},
+        }
+        self._store = tensorstore.open(spec, open=True, read=True).result()
+        self.shape = self._store.shape
 
-def layers_at_once(stores: list[tensorstore.TensorStore]) -> int:
-    """How many rows of the first dim are stored together: to read fewer decodes them twice."""
-    return max(store.chunk_layout.read_chunk.shape[0] for store in stores)
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of the first dim that are stored together: to read fewer decodes them twice."""
+        return self._store.chunk_layout.read_chunk.shape[0]
+
+    def read(self, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Rows `first` to `last` of the first dim; little more than the result is in memory."""
+        store = self._store[first:last].translate_to[0]
+        values = np.empty(store.shape, store.dtype.numpy_dtype)
+        dim = 1 if store.rank > 1 and len(values) <= self.rows_at_once else 0
+        step = self._store.chunk_layout.read_chunk.shape[dim]
+        for i in range(0, store.shape[dim], step):
+            block = (slice(None),) * dim + (slice(i, min(i + step, store.shape[dim])),)
+            values[block] = store[block].read().result()
+        return values

@@ -158,7 +158,12 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments, one direction or the other."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="python -m model.convert", description=__doc__, formatter_class=form)
+    parser = Parser(
+        prog="python -m model.convert",
+        description=__doc__,
+        formatter_class=form,
+        allow_abbrev=False,
+    )
     parser.add_argument("--from_hf", type=Path, metavar="DIR", help="a checkpoint's directory")
     parser.add_argument("--to_bundle", type=Path, metavar="DIR", help="the bundle to make of it")
     parser.add_argument("--from_bundle", type=Path, metavar="DIR", help="a bundle")
@@ -171,7 +176,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     chosen = [pair for pair in (inward, outward) if any(pair)]
     if len(chosen) != 1 or not all(chosen[0]):
         parser.error("give --from_hf DIR --to_bundle DIR, or --from_bundle DIR --to_hf DIR")
-    if args.shard_gb <= 0:
+    if not args.shard_gb > 0:
         parser.error(f"--shard_gb={args.shard_gb} must be more than 0")
     return args
 
@@ -179,7 +184,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     """Converts as the arguments say."""
     args = parse(argv)
-    backend.prepare(simulate=1)  # values stay on the host
     if args.from_hf:
         from_hf(args.from_hf, args.to_bundle.absolute(), args.dtype)
     else:
@@ -189,4 +193,5 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     with cli.exits():
+        backend.prepare(simulate=1)  # values stay on the host
         main(sys.argv[1:])

@@ -5,12 +5,13 @@ parameter in a trained one. It goes into the files at once, each tensor to its p
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from core import lazy
 from core.checkpoint import write_text
+from core.lazy import Stored
 from model.checkpoint_files import INDEX, WHOLE
 from model.families.tensor import Tensor
 from model.hf_import import Done
@@ -55,6 +56,7 @@ def save(
         for tensor, values in joined(step, group):
             writers[tensor.name].write(tensor.name, values)
             done(tensor.name)
+            del values
     for writer in dict.fromkeys(writers.values()):
         writer.close()
     if count > 1:
@@ -64,15 +66,17 @@ def save(
         write_text(directory / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def joined(step: Path, group: list[Tensor]):
-    """(tensor, its values) of each tensor; all of the group hold the same parameters."""
-    stores = [lazy.stored(step / "model", name) for name in group[0].params]
+def joined(step: Path, group: list[Tensor]) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """Each tensor with its values; all of the group hold the same parameters."""
+    stores = [Stored(step / "model", name) for name in group[0].params]
     if group[0].layer is None:
         (tensor,) = group
-        yield tensor, tensor.layout.join(*(store.read().result() for store in stores))
+        yield tensor, tensor.layout.join(*(store.read() for store in stores))
         return
-    at_once = lazy.layers_at_once(stores)
+    at_once = max(store.rows_at_once for store in stores)
     for first in range(0, len(group), at_once):
-        values = [store[first : first + at_once].read().result() for store in stores]
-        for i, tensor in enumerate(group[first : first + at_once]):
+        some = group[first : first + at_once]
+        values = [store.read(first, first + len(some)) for store in stores]
+        for i, tensor in enumerate(some):
             yield tensor, tensor.layout.join(*(value[i] for value in values))
+        del values  # before the next layers are read

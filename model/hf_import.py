@@ -101,6 +101,7 @@ def _placed(
         if stacked is None:
             stacked = jnp.zeros(leaf.shape, leaf.dtype, out_sharding=spec)
         stacked = _insert(stacked, part, layer)
+        del values, part  # before the next layer is read
     return stacked
 
 

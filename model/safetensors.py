@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from core.config import UserError
@@ -21,7 +21,7 @@ from core.config import UserError
 DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "BF16": np.dtype(jnp.bfloat16),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 BLOCK = 1 << 24  # bytes made contiguous or compared at once
@@ -116,7 +116,7 @@ class Writer:
     """Writes one file, its tensors in any order. Close it: only then is the file whole."""
 
     def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype):
-        self._dtype, self._missing, self._begin = dtype, set(shapes), {}
+        self._dtype, self._missing, self._begin = dtype, dict(shapes), {}
         table, offset = {METADATA: {"format": "pt"}}, 0  # transformers asks for the format
         for name, shape in shapes.items():
             end = offset + math.prod(shape) * dtype.itemsize
@@ -130,7 +130,7 @@ class Writer:
 
     def write(self, name: str, values: np.ndarray) -> None:
         """Writes one tensor, cast to the file's dtype, block by block."""
-        self._missing.remove(name)
+        assert values.shape == self._missing.pop(name), name
         self._file.seek(self._start + self._begin[name])
         for block in blocks(values):
             contiguous = np.ascontiguousarray(block, self._dtype)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from core import backend, checkpoint, cli
+from core import backend, checkpoint, cli, tokenizer_files
 from core.checkpoint import Bundle, write_text
 from core.config import Experiment, UserError, to_json
 from model import checkpoint_files, families, hf_export, hf_import, parts
@@ -38,15 +38,6 @@ from model.hf_import import Done
 log = logging.getLogger("cakrawala")
 
 PARTIAL = ".partial"  # ends the name of what is not complete
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 
 
 def from_hf(directory: Path, target: Path, dtype: str | None = None) -> None:
@@ -61,7 +52,7 @@ def from_hf(directory: Path, target: Path, dtype: str | None = None) -> None:
         log.info("%s is %s: the bundle has %s", directory, " and ".join(codes), dtype)
         experiment = Experiment(name=target.name, model=config)
         checkpoint.create(partial, to_json(experiment), None)
-        copy_tokenizer(directory, partial / checkpoint.TOKENIZER)
+        tokenizer_files.import_tokenizer(directory, partial / checkpoint.TOKENIZER)
         with progress("importing", len(source.tensors)) as done:
             hf_import.save(source, partial, done)
     report(directory, target, source.tensors, dtype, began)
@@ -80,15 +71,18 @@ def from_bundle(
         bundle.close()
     config_json, tensors = families.write(config), families.tensors(config)
     dtype = dtype or config.param_dtype
+    config_json["torch_dtype"] = dtype
     with created(target) as partial:
         log.info("step %d of %s is written as %s", step, directory, dtype)
         if bundle.tokenizer:
-            copy_tokenizer(bundle.tokenizer, partial)
+            tokenizer_files.export_tokenizer(bundle.tokenizer, partial)
+            bos, eos, pad = tokenizer_files.marks(bundle.tokenizer)
+            ends = eos[0] if len(eos) == 1 else list(eos) or None
+            config_json |= dict(bos_token_id=bos, eos_token_id=ends, pad_token_id=pad)
         with progress("exporting", len(tensors)) as done:
             where = bundle.path / str(step)
             hf_export.save(where, tensors, partial, jnp.dtype(dtype), shard_gb * 1e9, done)
-        text = json.dumps({**config_json, "torch_dtype": dtype}, indent=2) + "\n"
-        write_text(partial / CONFIG, text)
+        write_text(partial / CONFIG, json.dumps(config_json, indent=2) + "\n")
     report(directory, target, tensors, dtype, began)
 
 
@@ -113,14 +107,6 @@ def created(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies what a tokenizer is made of, if there is any; `target` is made for it."""
-    for path in (source / name for name in TOKENIZER_FILES):
-        if path.is_file():
-            target.mkdir(exist_ok=True)
-            shutil.copyfile(path, target / path.name)
 
 
 @contextlib.contextmanager

@@ -11,12 +11,14 @@ import hf_cases as cases
 import jax
 import numpy as np
 import pytest
+import tokenizer_cases
 from conftest import make_mesh
 
 from core import cli, sharding, tree
 from core.checkpoint import Bundle
 from core.config import UserError
 from core.sharding import prefilling, training
+from data import tokenizer
 from infer import decode, load
 from infer.config import DecodeConfig
 from model import checkpoint_files, convert, families, hf_export, hf_import
@@ -246,15 +248,20 @@ def test_a_tied_head(tmp_path):
 
 def test_the_tokenizer_travels_along(tmp_path):
     cases.write(tmp_path / "hf", cases.tensors())
-    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    tokenizer_cases.byte_level(tmp_path / "hf", generation_config={"eos_token_id": [301, 302]})
     (tmp_path / "hf" / "chat_template.jinja").write_text("{{ x }}")
     (tmp_path / "hf" / "README.md").write_text("not a part of it")
     run("--from_hf", tmp_path / "hf", "--to_bundle", tmp_path / "bundle")
-    tokenizer = tmp_path / "bundle" / "tokenizer"
-    assert {p.name for p in tokenizer.iterdir()} == {"tokenizer.json", "chat_template.jinja"}
     run("--from_bundle", tmp_path / "bundle", "--to_hf", tmp_path / "back")
-    assert (tmp_path / "back" / "chat_template.jinja").read_text() == "{{ x }}"
-    assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
+    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
+        content = (tmp_path / "hf" / name).read_bytes()
+        assert (tmp_path / "bundle" / "tokenizer" / name).read_bytes() == content
+        assert (tmp_path / "back" / name).read_bytes() == content
+    assert not (tmp_path / "bundle" / "tokenizer" / "README.md").exists()
+    told = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (told["bos_token_id"], told["eos_token_id"]) == (300, [301, 302])
+    again = tokenizer.load(tmp_path / "back")
+    assert again.fingerprint == tokenizer.load(tmp_path / "bundle" / "tokenizer").fingerprint
 
 
 KILLED = """

@@ -19,7 +19,7 @@ SHARD = "model-00002-of-00003.safetensors"
 
 def refused(capsys, *arguments) -> str:
     """The one message with which the command ends."""
-    with pytest.raises(SystemExit) as exit, cli.user_errors():
+    with pytest.raises(SystemExit) as exit, cli.exits():
         convert.main([str(argument) for argument in arguments])
     assert exit.value.code == 2
     captured = capsys.readouterr()

@@ -124,6 +124,7 @@ def sweep(model: Transformer, attention: str, config: BenchConfig) -> Iterator[d
     """
     contexts = sorted(set(config.contexts))
     room = STEPS * (config.repeats + 1)
+    model.config.check_length("bench.contexts with the tokens decoded", contexts[-1] + room)
     chunk = min(config.prefill_chunk, contexts[0])
     plan = Plan.of(config.batch_size, contexts[-1], room, chunk)
     engine = Engine(model, plan, how=Sampling(temperature=0))

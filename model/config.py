@@ -63,6 +63,14 @@ class ModelConfig(Section):
                 "it needs at least one, and no more than there are layers"
             )
 
+    def check_length(self, field: str, length: int) -> None:
+        """UserError if texts of `field`=`length` tokens have positions that were never made."""
+        if self.learned_positions and length > self.context:
+            raise UserError(
+                f"{field}={length} is more than model.context={self.context}, and the model has "
+                "learned positions: there is none beyond"
+            )
+
     def kv_shape(self, spec: AttentionSpec) -> tuple[int, int]:
         """(kv heads, width of a head) of a slot."""
         return spec.kv_heads or self.num_kv_heads, spec.head_dim or self.head_dim

@@ -94,6 +94,12 @@ def test_without_a_bundle_the_weights_are_random(one_device, tmp_path, monkeypat
         bench.open_model(cases.experiment(tmp_path, bench=BenchConfig(checkpoint="nowhere")))
 
 
+def test_contexts_beyond_learned_positions_are_refused(one_device):
+    model = cases.random_model(cases.model_config(learned_positions=True))
+    with pytest.raises(UserError, match=r"tokens decoded=1\d\d is more than model.context=64"):
+        next(bench.sweep(model, "full", BenchConfig(contexts=(32, 96))))
+
+
 def test_mesh_strategy_is_followed(swept, monkeypatch):
     monkeypatch.setattr(bench, "make_mesh", lambda _: make_mesh((1, 2, 1)))
     case = cases.experiment(swept[0], mesh=MeshConfig(strategy="local"))

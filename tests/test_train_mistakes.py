@@ -125,6 +125,12 @@ MISTAKES = {
     "width": ({}, {}, dict(embed_dim=36), ["model.embed_dim=36", "8"]),
     "devices": ({}, dict(data=3), {}, ["(3, 1, 1)", "8 devices"]),
     "small vocabulary": ({}, {}, dict(vocab_size=296), ["model.vocab_size=296", "300"]),
+    "positions": (
+        {},
+        {},
+        dict(learned_positions=True, context=16),
+        ["train.length=32", "model.context=16"],
+    ),
     "long rows": (dict(length=65536), {}, {}, ["train.length=65,536", "65,537", "5,79"]),
 }
 

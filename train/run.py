@@ -47,6 +47,7 @@ def start(experiment: Experiment, store: TokenStore) -> Run:
     UserError if another run is there, or its tokenizer is not that of the data.
     """
     config, workdir = experiment.train, Path(experiment.workdir)
+    experiment.model.check_length("train.length", config.length)
     if not os.access(workdir, os.W_OK):  # the data is there, so the workdir is
         raise UserError(f"workdir={workdir} cannot be written: name another, or make it writable")
     rules = choose_rules(experiment, lambda: balance.sample(store, config.length))

@@ -47,6 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
     except UserError as error:
         raise UserError(f"configs/finetune.py:{arg}: {error}; it also has :tiny") from None
     config = editable(experiment(f"{Path(arg).name}-finetune", model, start=arg))
+    config.model.param_dtype = "float32"  # steps this small vanish in bfloat16
     if (Path(arg) / TOKENIZER).is_dir():
         config.data.tokenizer = str(Path(arg) / TOKENIZER)
     return config

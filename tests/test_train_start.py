@@ -19,6 +19,7 @@ from data.loader import train_batches, validation_batches
 from data.store import TokenStore
 from model import transformer
 from model.attention.spec import full, sliding
+from model.rope import Rope
 from train import initial, pretrain, run
 from train.evaluate import evaluate
 from train.feed import Feed
@@ -123,7 +124,7 @@ def test_an_older_step_in_another_dtype_on_another_mesh(tmp_path, prepared, fini
 def test_what_differs_in_meaning_is_told(tmp_path, monkeypatch, capsys, prepared, finished):
     longer = dict(
         context=128,
-        pattern=(sliding(16), full(rope_base=1e6)),
+        pattern=(sliding(16), full(rope=Rope(1e6))),
         norm_eps=1e-5,
         activation="gelu",
         attention_kernel="chunked",
@@ -137,7 +138,7 @@ def test_what_differs_in_meaning_is_told(tmp_path, monkeypatch, capsys, prepared
     for line in (
         "model.context: 64 there, 128 here",
         "model.pattern.0.window: 8 there, 16 here",
-        "model.pattern.1.rope_base: 10000.0 there, 1000000.0 here",
+        "model.pattern.1.rope.base: 10000.0 there, 1000000.0 here",
         "model.norm_eps: 1e-06 there, 1e-05 here",
         "model.activation: 'silu' there, 'gelu' here",
     ):

@@ -109,6 +109,11 @@ def has_steps(workdir: Path) -> bool:
 def check_same(experiment: Experiment, workdir: Path) -> None:
     """UserError that shows the fields in which the run in `workdir` differs from this one."""
     there = json.loads((workdir / checkpoint.CONFIG).read_text())
+    if "train" not in there:
+        raise UserError(
+            f"workdir={workdir} holds a model that no run made, as model.convert imports them: "
+            "name another workdir"
+        )
     here = to_dict(experiment)
     differ = []
     for section in ("data", "model", "train"):

@@ -1,6 +1,6 @@
 """Time and memory of model.convert: a synthetic LLaMA of 1.1B parameters, in and out.
 
-    python -m bench.convert [--directory=DIR] [--layers=22]
+    python -m bench.convert [--directory=DIR] [--layers=22] [--vocabulary=32000]
 
 Makes a directory of TinyLlama's sizes (bfloat16, 2.2 GB), imports it, exports the bundle again,
 each in a process of its own, and compares what came out bit for bit. Needs 8 GB of disk.
@@ -17,6 +17,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from core import lazy
 from model import checkpoint_files, families, safetensors
 from model.safetensors import Writer
 
@@ -29,41 +30,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--directory", help="where to work; a temporary directory")
     parser.add_argument("--layers", type=int, default=22, help="of the model; TinyLlama has 22")
+    parser.add_argument("--vocabulary", type=int, default=32000, help="262144 makes 1 GiB of it")
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="convert-", dir=args.directory))
     try:
-        run(work, args.layers)
+        run(work, args.layers, args.vocabulary)
     finally:
         shutil.rmtree(work)
 
 
-def run(work: Path, layers: int) -> None:
+def run(work: Path, layers: int, vocabulary: int) -> None:
     """Makes, imports, exports, compares; prints the figures."""
     there, bundle, back = work / "hf", work / "bundle", work / "back"
-    largest = make(there, layers)
+    largest = make(there, layers, vocabulary)
     _, idle = measure("-c", IDLE)
     print(f"idle process: {idle / 2**20:.0f} MiB; largest tensor {largest / 2**20:.0f} MiB")
     convert = "-m", "model.convert"
-    for name, arguments, shard in (
-        ("import", ("--from_hf", there, "--to_bundle", bundle), 0),
-        ("export", ("--from_bundle", bundle, "--to_hf", back, "--shard_gb", SHARD_GB), SHARD_GB),
+    for name, arguments, piece in (
+        ("import", ("--from_hf", there, "--to_bundle", bundle), lazy.CHUNK),
+        (
+            "export",
+            ("--from_bundle", bundle, "--to_hf", back, "--shard_gb", SHARD_GB),
+            SHARD_GB * 1e9,
+        ),
     ):
         seconds, peak = measure(*convert, *map(str, arguments))
         print(
             f"{name}: {seconds:.1f} s of {MOST_SECONDS}, {peak / 2**20:.0f} MiB of "
             f"{MOST_BYTES / 2**20:.0f}, {(peak - idle) / 2**20:.0f} MiB above idle "
-            f"(1.3 largest tensors: {1.3 * largest / 2**20:.0f} MiB, shard: {shard} GB)"
+            f"(1.3 largest tensors: {1.3 * largest / 2**20:.0f} MiB, "
+            f"the piece or shard being written: {piece / 2**20:.0f} MiB)"
         )
         if seconds > MOST_SECONDS or peak > MOST_BYTES:
             sys.exit(f"{name} is over its bounds")
     compare(there, back)
 
 
-def make(directory: Path, layers: int) -> int:
+def make(directory: Path, layers: int, vocabulary: int) -> int:
     """Writes the checkpoint, in one file; the bytes of its largest tensor."""
     config_json = {
         "model_type": "llama",
-        "vocab_size": 32000,
+        "vocab_size": vocabulary,
         "max_position_embeddings": 2048,
         "num_hidden_layers": layers,
         "hidden_size": 2048,

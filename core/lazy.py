@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-CHUNK = 1 << 25
+CHUNK = 1 << 25  # bytes stored as one piece, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +84,9 @@ class Stored:
     """A saved array, to be read in parts; `directory` is an item of a step."""
 
     def __init__(self, directory: Path, name: str):
-        spec = {
-            "driver": "zarr",
-            "kvstore": {"driver": "ocdbt", "base": directory.as_uri() + "/", "path": name + "/"},
-        }
+        base = {"driver": "file", "path": f"{directory}/"}
+        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        spec = {"driver": "zarr", "kvstore": kvstore}
         self._store = tensorstore.open(spec, open=True, read=True).result()
         self.shape = self._store.shape
 

@@ -100,7 +100,7 @@ def _placed(
             return part
         if stacked is None:
             stacked = jnp.zeros(leaf.shape, leaf.dtype, out_sharding=spec)
-        stacked = _insert(stacked, part, layer)
+        stacked = jax.block_until_ready(_insert(stacked, part, layer))  # not many at once
         del values, part  # before the next layer is read
     return stacked
 

@@ -43,9 +43,9 @@ def log(caplog, monkeypatch):
 def test_both_ways_bit_for_bit(tmp_path, dtype, files, capsys):
     values = cases.tensors(dtype)
     cases.write(tmp_path / "hf", values, files)
-    run("--from_hf", tmp_path / "hf", "--to_bundle", tmp_path / "bundle")
-    run("--from_bundle", tmp_path / "bundle", "--to_hf", tmp_path / "one")
-    run("--from_bundle", tmp_path / "bundle", "--to_hf", tmp_path / "many", "--shard_gb", "8e-6")
+    run("--from_hf", tmp_path / "hf", "--to_bundle", tmp_path / "a bundle")
+    run("--from_bundle", tmp_path / "a bundle", "--to_hf", tmp_path / "one")
+    run("--from_bundle", tmp_path / "a bundle", "--to_hf", tmp_path / "many", "--shard_gb", "8e-6")
     assert (tmp_path / "one" / "model.safetensors").is_file()
     assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 2
     cases.assert_same(cases.read(tmp_path / "one"), values)
@@ -55,10 +55,10 @@ def test_both_ways_bit_for_bit(tmp_path, dtype, files, capsys):
         assert told["torch_dtype"] == dtype.name
         assert {key: told.get(key) for key in cases.config_json()} == cases.config_json()
     run("--from_hf", tmp_path / "many", "--to_bundle", tmp_path / "again")
-    configs = [Bundle(tmp_path / name).config(model=ModelConfig) for name in ("bundle", "again")]
+    configs = [Bundle(tmp_path / name).config(model=ModelConfig) for name in ("a bundle", "again")]
     assert configs[0].model == configs[1].model
     assert configs[0].model.param_dtype == dtype.name
-    assert configs[0].name == "bundle"
+    assert configs[0].name == "a bundle"
     out = capsys.readouterr().out.splitlines()
     assert f"{len(values)} tensors" in out[0] and dtype.name in out[0]
     assert not list(tmp_path.glob("*.partial"))

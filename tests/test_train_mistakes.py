@@ -46,6 +46,18 @@ def test_another_run_is_refused(tmp_path, monkeypatch, capsys, finished):
     assert snapshot(workdir) == before
 
 
+def test_an_imported_model_is_no_run(tmp_path, monkeypatch, capsys, finished):
+    workdir = copy(finished, tmp_path / "run")
+    told = json.loads((workdir / "config.json").read_text())
+    imported = {"name": told["name"], "model": told["model"]}  # all that model.convert writes
+    (workdir / "config.json").write_text(json.dumps(imported))
+    before = snapshot(workdir)
+    status, err = command(capsys, monkeypatch, experiment(workdir))
+    assert status == 2
+    assert err.splitlines()[-1].startswith(f"error: workdir={workdir} holds a model that no run")
+    assert snapshot(workdir) == before
+
+
 def test_overwrite_starts_again_on_the_same_data(tmp_path, finished):
     workdir = copy(finished, tmp_path / "run")
     data = snapshot(workdir / "data")

@@ -116,12 +116,15 @@ def check_same(experiment: Experiment, workdir: Path) -> None:
     classes = {name: type(getattr(experiment, name)) for name in ("data", "model", "train")}
     # Read as sections: a field that is newer than the run has its default there.
     there = to_dict(checkpoint.read_config(workdir, **classes))
+    if "train" not in there:
+        raise UserError(
+            f"workdir={workdir} holds a model that no run made, as model.convert imports them: "
+            f"name another workdir, and train.start={workdir} to go on from it"
+        )
     here = to_dict(experiment)
     differ = []
     for section in classes:
         old, new = there.get(section, {}), here[section]
-        if section == "data":
-            old = {"tokenizer": ""} | old  # runs older than this field trained their own
         differ += [
             f"{section}.{field}: {old.get(field)!r} there, {new.get(field)!r} here"
             for field in sorted(old.keys() | new.keys())

@@ -57,5 +57,6 @@ setup(
         "aot": TPU_COMPILER,
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.130", *TPU_COMPILER],
         "dev": ["ruff>=0.14"],
+        "golden": ["torch>=2.13", "transformers>=5.23"],  # tests/golden/make.py
     },
 )

@@ -1,5 +1,6 @@
 """Every family is itself: logits against transformers' (golden/make.py), to 1e-4 in float32."""
 
+import dataclasses
 import functools
 
 import family_cases as cases
@@ -13,21 +14,48 @@ from family_cases import PROMPT
 from core import sharding
 from infer import steps
 from infer.engine import Engine, Plan
-from model import hf_import
+from model import families, hf_import
+from model.rope import Rope
 
 ONE, MESH = (1, 1, 1), (2, 2, 2)
 LIMIT = 1e-4
 # On the mesh: each kind of block, of positions, of fused tensors; as many kv heads as shards and
 # fewer; windows; RoPE by the length of the text.
+SCALED = [f"llama-{x}" for x in ("3", "3.1", "linear", "dynamic", "yarn", "longrope")]
+SCALED += ["llama-yarn-mscale", "llama-longrope-short"]
 SHARDED = ("gpt2", "llama-dynamic", "falcon-7b", "falcon-40b", "falcon-rw", "gemma-1", "gemma-3")
 
 
+# What a golden must notice when it is not so: fields of the config, or of each slot.
+NOTICED = [
+    ("gpt2", dict(activation="gelu")),
+    ("gpt2", dict(norm_eps=1e-2)),
+    ("falcon-7b", dict(activation="gelu_tanh")),
+    ("gemma-1", dict(norm="rms")),
+    ("gemma-1", dict(embed_scale=1.0)),
+    ("gemma-2", dict(query_scale=0.0)),
+    ("gemma-2", dict(logit_softcap=0.0)),
+    ("gemma-4", dict(value_norm=False)),
+    ("gemma-4", dict(query_scale=0.0)),
+    ("falcon-rw", dict(slots=dict(alibi=1.0))),
+    ("gemma-2", dict(slots=dict(softcap=0.0))),
+    ("gemma-3", dict(slots=dict(rope=Rope(1000.0)))),
+    ("gemma-4", dict(slots=dict(rope=Rope(1e6)))),
+    *((name, dict(slots=dict(kind="full", window=0))) for name in ("mistral", "qwen-2-window")),
+    *(
+        (name, dict(slots=dict(kind="full", window=0)))
+        for name in ("gemma-2", "gemma-3", "gemma-4")
+    ),
+    *((name, dict(slots=dict(rope=Rope()))) for name in cases.NAMES if name in SCALED),
+]
+
+
 @functools.cache
-def opened(name, sizes, rules, folder):
+def opened(name, sizes, rules, folder, **fields):
     directory = folder / name
     if not directory.exists():
         cases.write(name, folder)
-    return hf_import.load(directory, rules, dtype="float32")
+    return hf_import.load(directory, rules, dtype="float32", **fields)
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +63,12 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("checkpoints")
 
 
-def full_forward(name, sizes, folder):
+def full_forward(name, sizes, folder, **fields):
     """Logits [B, T, V] in one pass, sharded as in training."""
     tokens = cases.golden(name).tokens
     rules = sharding.training()
     with jax.set_mesh(make_mesh(sizes)):
-        model = opened(name, sizes, rules, folder)
+        model = opened(name, sizes, rules, folder, **fields)
         positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
         place = rules("batch", "length")
         args = (jax.device_put(x, place) for x in (tokens, positions, np.ones_like(tokens)))
@@ -95,3 +123,14 @@ def test_they_are_on_a_mesh(name, folder):
 @pytest.mark.parametrize("name", sorted({*cases.NAMES} - {*SHARDED}))
 def test_every_other_is_on_a_mesh(name, folder):
     assert_is_itself(name, MESH, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "fields"), NOTICED, ids=str)
+def test_a_golden_notices_what_is_otherwise(name, fields, folder):
+    slots = fields.get("slots")
+    if slots:
+        pattern = families.read(cases.golden(name).config).pattern
+        fields = dict(pattern=tuple(dataclasses.replace(spec, **slots) for spec in pattern))
+    logits = full_forward(name, ONE, folder, **fields)
+    assert np.abs(logits - cases.golden(name).logits).max() > 3 * LIMIT

@@ -201,6 +201,17 @@ def damaged(step: Path) -> str | None:
     return None
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; UserError names the file."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}; copy it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds no object; copy it again")
+    return content
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes to a temporary name and renames, so that no half a file is ever seen."""
     temporary = path.with_name(path.name + ".tmp")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from core import tokenizer_model as sentencepiece_model
+from core.checkpoint import read_json
 from core.config import UserError
 
 JSON, MODEL, MARKS = "tokenizer.json", "tokenizer.model", "marks.json"
@@ -77,7 +78,7 @@ def _is_ours(directory: Path, has_json: bool) -> bool:
         raise
     if not sentencepiece_model.is_ours(model):
         return False
-    return not has_json or _read_json(directory / JSON) == sentencepiece_model.to_json(model)
+    return not has_json or read_json(directory / JSON) == sentencepiece_model.to_json(model)
 
 
 def import_tokenizer(source: str | Path, target: str | Path) -> Marks | None:
@@ -133,7 +134,7 @@ def marks(directory: str | Path) -> Marks:
     """
     directory = Path(directory)
     if (directory / MARKS).is_file():
-        told = _read_json(directory / MARKS)
+        told = read_json(directory / MARKS)
         try:
             return Marks(told["bos"], tuple(told["eos"]), told["pad"])
         except (KeyError, TypeError):
@@ -171,7 +172,7 @@ class _Json:
 
     def __init__(self, directory: Path):
         self._path = directory / JSON
-        self._content = _read_json(self._path)
+        self._content = read_json(self._path)
         self._config = _optional(directory / SPECIAL) | _optional(directory / CONFIG)
 
     def named(self, name: str) -> tuple[int, ...]:
@@ -268,17 +269,7 @@ def _token(value: Any) -> str | None:
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    return _read_json(path) if path.is_file() else {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}; copy it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds no object; copy it again")
-    return content
+    return read_json(path) if path.is_file() else {}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -7,12 +7,12 @@ Nothing is guessed: a tensor that is missing, too many or of another shape is re
 """
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from core.checkpoint import read_json
 from core.config import UserError
 from model import families, safetensors
 from model.config import ModelConfig
@@ -39,6 +39,8 @@ def find(directory: str | Path) -> Source:
         raise UserError(f"{directory}: there is no such directory")
     headers = {path: safetensors.header(path) for path in weight_files(directory)}
     check_index(directory, headers)
+    if not (directory / CONFIG).is_file():
+        raise UserError(f"{directory} has no {CONFIG}: it is no directory of a checkpoint")
     config = families.read(read_json(directory / CONFIG))
     tensors = families.tensors(config)
     entries = named(headers, config)
@@ -52,19 +54,6 @@ def find(directory: str | Path) -> Source:
     codes = {entry.code for entry in entries.values()}
     own = "bfloat16" if codes == {"BF16"} else "float32"  # which holds every float16
     return Source(dataclasses.replace(config, param_dtype=own), tensors, entries)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; UserError names the file."""
-    if not path.is_file():
-        raise UserError(f"{path.parent} has no {path.name}: it is no directory of a checkpoint")
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds {type(value).__name__}, not an object")
-    return value
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -1,21 +1,15 @@
 """Our own tokenizer gives back every string, lets no text make a mark, streams characters."""
 
-import random
-
 import numpy as np
 import pytest
+from tokenizer_cases import TEXTS, random_texts
 
 from core.config import UserError
 from data import tokenizer
 from data import tokenizer_trained as trained
 from data.sample import UNIT, Sample
 
-TEXTS = [
-    "def f(x):\n\treturn x  # twice\n" * 3,
-    "The quick brown fox jumps over the lazy dog, 1234 times.\r\n",
-    "Selamat pagi, dunia! Cakrawala membentang luas di depan mata kita.\n\n    if a:\n",
-    "h\u00e9llo w\u00f6rld \u4f60\u597d \u0939\u093f\u0928\u094d\u0926\u0940 \U0001f600\n",
-]
+ALPHABET = "ab Th1 \t\n\r\0\x10\u258101\u00e9\u4f60\U0001f600\ufeff\ufffd<s>"
 HARD = [
     "",
     " ",
@@ -43,13 +37,6 @@ def model(tmp_path_factory):
     return trained.train(TEXTS, 340, tmp_path_factory.mktemp("tokenizer"))
 
 
-def random_texts(count):
-    draw = random.Random(0)
-    alphabet = "ab Th1 \t\n\r\0\x10\u258101\u00e9\u4f60\U0001f600\ufeff\ufffd<s>"
-    for _ in range(count):
-        yield "".join(draw.choices(alphabet, k=draw.randrange(30)))
-
-
 @pytest.mark.parametrize("text", HARD + TEXTS)
 def test_round_trip(model, text):
     ids = model.encode(text)
@@ -58,12 +45,12 @@ def test_round_trip(model, text):
 
 
 def test_round_trip_of_random_text(model):
-    texts = list(random_texts(2000))
+    texts = list(random_texts(2000, ALPHABET))
     assert [model.decode(ids) for ids in model.encode_batch(texts)] == texts
 
 
 def test_a_batch_equals_one_by_one_and_whole_documents(model):
-    texts = TEXTS + list(random_texts(200))
+    texts = TEXTS + list(random_texts(200, ALPHABET))
     for text, ids in zip(texts, model.encode_batch(texts), strict=True):
         np.testing.assert_array_equal(ids, model.encode(text))
         whole = model._model.encode(trained.escape(text))  # not cut into lines
@@ -83,7 +70,7 @@ def test_marks_decode_to_nothing(model):
 
 
 def test_stream_adds_up_and_never_shows_half_a_character(model):
-    for text in [*HARD, *TEXTS, *random_texts(500)]:
+    for text in [*HARD, *TEXTS, *random_texts(500, ALPHABET)]:
         stream, shown = model.stream(), ""
         for token in [model.bos, *model.encode(text)]:
             shown += stream.push(token)

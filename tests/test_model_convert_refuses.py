@@ -123,7 +123,7 @@ BAD = {  # what is done to a good directory of one file, and what the message sa
     "no config": (lambda hf: (hf / "config.json").unlink(), "hf has no config.json"),
     "config not JSON": (
         lambda hf: (hf / "config.json").write_text("{"),
-        "hf/config.json is not JSON",
+        "hf/config.json is damaged",
     ),
     "family": (lambda hf: edit(hf / "config.json", model_type="mamba"), "llama"),
     "two kinds": (

@@ -94,6 +94,32 @@ class Attention(nnx.Module):
             slope_N = jax.sharding.reshard(slope_N, self.rules("act_heads"))
         return Heads(sink_N, slope_N)
 
+    def _qkv(
+        self, x_BTD: jax.Array, cos_sin: tuple[jax.Array, jax.Array] | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What kernels take: normalised, turned, scaled, a kv head or more on each shard."""
+        config, rules = self.config, self.rules
+        q_BTNH = add(project("BTD,DNH->BTNH", x_BTD, self.q_DNH[...]), self.q_bias_NH)
+        k_BTKH = add(project("BTD,DKH->BTKH", x_BTD, self.k_DKH[...]), self.k_bias_KH)
+        v_BTKH = k_BTKH
+        if self.v_DKH is not None:
+            v_BTKH = add(project("BTD,DKH->BTKH", x_BTD, self.v_DKH[...]), self.v_bias_KH)
+        if config.value_norm:
+            v_BTKH = unit_rms(v_BTKH.astype(jnp.float32), config.norm_eps).astype(x_BTD.dtype)
+        if self.q_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        if cos_sin is not None:
+            q_BTNH, k_BTKH = rope.rotate(q_BTNH, cos_sin), rope.rotate(k_BTKH, cos_sin)
+        if config.query_scale:  # kernels scale by head_dim^-0.5
+            q_BTNH = q_BTNH * (config.query_scale * q_BTNH.shape[-1] ** 0.5)
+        if self.kv_repeats > 1:
+            sharding = rules("batch", "length", "act_kv_heads", None)
+            k_BTKH, v_BTKH = (
+                jax.sharding.reshard(jnp.repeat(x, self.kv_repeats, axis=2), sharding)
+                for x in (k_BTKH, v_BTKH)
+            )
+        return q_BTNH, k_BTKH, v_BTKH
+
     def __call__(
         self,
         x_BTD: jax.Array,
@@ -102,26 +128,7 @@ class Attention(nnx.Module):
         cache: Stored | None,
     ) -> tuple[jax.Array, New]:
         rules = self.rules
-        q_BTNH = add(project("BTD,DNH->BTNH", x_BTD, self.q_DNH[...]), self.q_bias_NH)
-        k_BTKH = add(project("BTD,DKH->BTKH", x_BTD, self.k_DKH[...]), self.k_bias_KH)
-        v_BTKH = k_BTKH
-        if self.v_DKH is not None:
-            v_BTKH = add(project("BTD,DKH->BTKH", x_BTD, self.v_DKH[...]), self.v_bias_KH)
-        if self.config.value_norm:
-            v_BTKH = unit_rms(v_BTKH.astype(jnp.float32), self.config.norm_eps).astype(x_BTD.dtype)
-        if self.q_norm is not None:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        if cos_sin is not None:
-            q_BTNH, k_BTKH = rope.rotate(q_BTNH, cos_sin), rope.rotate(k_BTKH, cos_sin)
-        if self.config.query_scale:  # kernels scale by head_dim^-0.5
-            q_BTNH = q_BTNH * (self.config.query_scale * q_BTNH.shape[-1] ** 0.5)
-        if self.kv_repeats > 1:
-            sharding = rules("batch", "length", "act_kv_heads", None)
-            k_BTKH, v_BTKH = (
-                jax.sharding.reshard(jnp.repeat(x, self.kv_repeats, axis=2), sharding)
-                for x in (k_BTKH, v_BTKH)
-            )
-        qkv = q_BTNH, k_BTKH, v_BTKH
+        qkv = _, k_BTKH, v_BTKH = self._qkv(x_BTD, cos_sin)
         how = dict(kernel=self.config.attention_kernel, rules=rules, heads=self._heads())
         of_blocks = None
         if self.branches is not None:

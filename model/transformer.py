@@ -81,7 +81,10 @@ class Transformer(nnx.Module):
         config, rules = self.config, self.rules
         at = Where(positions_BT, segments_BT)
         x_BTD = self._embed(tokens_BT, positions_BT)
-        ropes = {(spec.rope, config.kv_shape(spec)[1]) for spec in config.pattern if spec.rope}
+        # A dict, not a set: its order is the same in every process, so their programs are too.
+        ropes = dict.fromkeys(
+            (spec.rope, config.kv_shape(spec)[1]) for spec in config.pattern if spec.rope
+        )
         if length_B is None and any(each.by_length for each, _ in ropes):
             length_B = jnp.where(segments_BT > 0, positions_BT + 1, 0).max(axis=1)
         tables = {each: rope.table(positions_BT, *each, length_B) for each in ropes}

@@ -10,6 +10,7 @@ tensors, PRESETS. It can say a config if what it writes reads back as the same c
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from types import ModuleType
@@ -85,6 +86,7 @@ def _module(config: ModelConfig) -> ModuleType:
     return FAMILIES[_said(config)[0]]
 
 
+@functools.cache
 def _said(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """(model_type, attributes) of the first family that can say `config`."""
     for model_type, module in FAMILIES.items():

@@ -104,8 +104,11 @@ def created(target: Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        # TensorStore has ValueErrors for a disk that is full.
+        if isinstance(error, OSError) or "os_error_code" in str(error):
+            sys.exit(f"error: {target} could not be written, and nothing of it is left: {error}")
         raise
 
 

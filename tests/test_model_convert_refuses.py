@@ -254,3 +254,17 @@ def test_the_command_itself(tmp_path):
     done = subprocess.run([*command, "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "python -m model.convert --from_hf TinyLlama-1.1B --to_bundle" in done.stdout
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), ValueError("os_error_code='28'")])
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, error):
+    cases.write(tmp_path / "hf", cases.tensors())
+
+    def full(source, path, done):
+        (path / "half").write_text("")
+        raise error
+
+    monkeypatch.setattr(convert.hf_import, "save", full)
+    with pytest.raises(SystemExit, match="could not be written, and nothing of it is left: .*28"):
+        convert.from_hf(tmp_path / "hf", tmp_path / "bundle")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf"}

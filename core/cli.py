@@ -57,7 +57,11 @@ def run(
 @contextlib.contextmanager
 def exits() -> Iterator[None]:
     """What every command does around its work: logs to stderr, exits with 2 on a UserError."""
-    _log_to_stderr()
+    log = logging.getLogger("cakrawala")
+    handler = logging.StreamHandler(sys.stderr)
+    log.setLevel(logging.INFO)
+    log.propagate = False  # our own lines as they are; other libraries keep theirs
+    log.addHandler(handler)
     try:
         yield
     except UserError as error:
@@ -66,14 +70,8 @@ def exits() -> Iterator[None]:
     except BrokenPipeError:  # the reader of our stdout left, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-
-
-def _log_to_stderr() -> None:
-    """Our own log lines as they are; other libraries keep theirs."""
-    log = logging.getLogger("cakrawala")
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    log.addHandler(logging.StreamHandler(sys.stderr))
+    finally:
+        log.removeHandler(handler)
 
 
 def parse(argv: Sequence[str], classes: dict[str, type[Section]]) -> Experiment:

@@ -26,9 +26,11 @@ CONFIG = ModelConfig(
 )
 BLOCK = [
     "attention.k_DKH",
+    "attention.k_norm.bias_D",
     "attention.k_norm.scale_D",
     "attention.o_NHD",
     "attention.q_DNH",
+    "attention.q_norm.bias_D",
     "attention.q_norm.scale_D",
     "attention.v_DKH",
     "attention_norm.bias_D",

@@ -51,7 +51,7 @@ def test_slots_hold_every_whole_block_once():
         (dict(NSA.__dict__, compress=5), "compress=5: a multiple of step=2"),
         (dict(NSA.__dict__, block=5), "block=5: a multiple of step=2"),
         (dict(NSA.__dict__, top=2), "top is at least 3"),
-        (dict(NSA.__dict__, softcap=0.0, alibi=True), "neither sink_logit nor alibi"),
+        (dict(NSA.__dict__, softcap=0.0, alibi=1.0), "neither sink_logit nor alibi"),
         (dict(NSA.__dict__, sink_logit=True), "neither sink_logit nor alibi"),
     ],
 )

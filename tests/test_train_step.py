@@ -183,7 +183,7 @@ PROGRAM = dict(
 )
 ONLY_WITH = dict(decay_fraction=("schedule", "wsd"))  # fields that another field switches on
 LOOP = dict(log_every=3, eval_every=6, eval_batches=1, save_every=6, keep=1, overwrite=True)
-ELSEWHERE = {"seed", "decay", "no_decay", *ONLY_WITH}
+ELSEWHERE = {"seed", "decay", "no_decay", "start", "start_step", *ONLY_WITH}
 
 
 def test_every_field_is_flipped_somewhere():

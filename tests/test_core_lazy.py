@@ -76,7 +76,7 @@ def test_one_part_is_alive_at_a_time(tmp_path):
 
     def parts(layers):
         for layer in layers:
-            gc.collect()
+            gc.collect(1)  # the young: all of them take seconds late in a session
             alive.append(sum(array() is not None for array in made_before))
             array = np.full((10, 4), layer or 0, np.float32).view(Alive)
             made_before.append(weakref.ref(array))

@@ -1,7 +1,7 @@
 """A published size of GPT-2, LLaMA, Mistral, Qwen, Falcon or Gemma: to plan with, or to train.
 
     python -m model.describe --config=configs/family.py:llama-2-7b
-    python -m train.aot --config=configs/family.py:gemma-3-4b --config.aot.topology=v5e:4x4
+    python -m train.aot --config=configs/family.py:llama-3.2-1b --config.aot.topology=v5e:2x4
     python -m train.pretrain --config=configs/family.py:gpt2-124m
 
 The argument is a name in model/families (PRESETS), gpt2-124m by default; a wrong one lists them.

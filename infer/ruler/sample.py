@@ -57,7 +57,8 @@ def fit(task: Task, length: int, tokenizer: Tokenizer) -> Sample:
 
     A tokenizer that needs more tokens for a perfect answer than RULER gives gets as many more.
     """
-    budget = max(task.max_tokens, len(tokenizer.encode(task.answer)))
+    asked, answered = tokenizer.encode_batch([task.prefix, task.prefix + task.answer])
+    budget = max(task.max_tokens, len(answered) - len(asked))
     built = {}
 
     def tokens(units: int) -> int:

@@ -9,6 +9,7 @@ import tokenizer_cases
 
 from core.config import UserError
 from data import tokenizer as tokenizers
+from data.tokenizer_base import Tokenizer
 from infer import tasks
 from infer.ruler import counting, sample
 
@@ -91,17 +92,20 @@ def test_a_reader_of_the_prompt_finds_the_references(kind, tokenizer):
 
 @pytest.mark.parametrize("kind", tasks.QUESTIONS)
 def test_a_question_stands_with_its_documents(kind, tokenizer, source):
-    for index in (0, 7):
+    places = []
+    for index in (0, 7, 8, 9):
         made = make(kind, 3000, tokenizer, source, index)
         assert made.references == (f"town {index * 7}",)
         assert made.text.endswith(f"\n\nQuestion: Who is {index}? Answer:")
         documents = re.findall(r"Document (\d+):\n(.+)\n", made.text)
         assert [int(number) for number, _ in documents] == list(range(1, len(documents) + 1))
         titles = [title for _, title in documents]
+        places.append(titles.index(f"Person {index}"))
         assert len(set(titles)) == len(titles) > 10
         wanted = [f"Person {index}"] + [f"Town {index * 7}"] * (index % 2)
         for depth, title in zip(made.depths, wanted, strict=True):
             assert depth == pytest.approx(titles.index(title) / (len(titles) - 1), abs=0.05)
+    assert len(set(places)) > 2
 
 
 def test_kinds_are_those_of_ruler(tokenizer, source):
@@ -196,6 +200,29 @@ def test_common_words_appear_as_often_as_in_ruler(length, example, times, tokeni
         assert sum(count == often for count in found.values()) == 10
     shown, asked = counted(made.text)
     assert len(shown) == (20 if length < 4096 else 40) and not set(shown) & set(asked)
+
+
+class Words(Tokenizer):
+    """A word or a mark is a token, and texts do not start with bos."""
+
+    vocab_size, fingerprint, bos, eos, pad = 1 << 20, "", None, (), None
+
+    def _encode(self, texts, special):
+        return [[0] * len(re.findall(r"\w+|[^\w\s]", text)) for text in texts]
+
+    def _decode(self, ids):
+        raise NotImplementedError
+
+    def stream(self, after=()):
+        raise NotImplementedError
+
+
+def test_lists_are_long_from_4096_tokens_on():
+    """Where words are tokens; and without bos the whole length is used."""
+    for length, often in ((4095, 6), (4096, 30)):
+        made = make("cwe", length, Words(), None)
+        assert max(counted(made.text)[-1].values()) == often
+        assert made.tokens == len(Words().encode(made.text)) > length - 120 - 10
 
 
 def test_frequent_words_follow_zipf():

@@ -100,13 +100,13 @@ def rows(count):
 
 def test_documents_of_the_same_article_come_first(tokenizer, tmp_path):
     data = rows(60)
-    data[0]["more"] = [data[3]["context"], "Only here. " * 5]
+    data[0]["more"] = [data[0]["context"], data[3]["context"], "Only here. " * 5]
     path = write(tmp_path / "q.json", json.dumps(data))
     source = tasks.read_questions(path, "bench.questions")
     assert len(source.documents) == 61
     short = tasks.generate("qa_1", 900, tokenizer, 0, 0, source=source)
     assert "Only here." in short.text and "Text 3 says" in short.text
-    assert short.text.count("Document ") < 10
+    assert short.text.count("Document ") < 10 and short.text.count(data[0]["context"]) == 1
     # A file that is smaller than the context is there as a whole, once.
     whole = tasks.generate("qa_1", 50_000, tokenizer, 0, 1, source=source)
     assert whole.text.count("\n\nDocument ") == 61 and whole.tokens < 10_000

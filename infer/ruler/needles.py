@@ -68,7 +68,6 @@ def retrieval(kind: str, label: str, haystack: Haystack) -> Task:
     keys = _different(draw, DRAW[spec.key], spec.keys, haystack.text)
     values = _different(draw, DRAW[spec.value], spec.keys * spec.values, haystack.text)
     pairs = [(keys[i // spec.values], value) for i, value in enumerate(values)]
-    draw.shuffle(pairs)
     asked = draw.sample(keys, spec.queries)
     pairs_asked = [pair for key in asked for pair in pairs if pair[0] == key]
     if spec.haystack == "text":
@@ -109,6 +108,7 @@ def hide(
     units: Sequence[str], needles: Sequence[str], depths: Sequence[float], joint: str
 ) -> tuple[str, list[int]]:
     """The context with needles at rising depths, and the character each begins at."""
+    assert list(depths) == sorted(depths)
     parts, starts, last, at = [], [], 0, 0
     for needle, depth in zip(needles, depths, strict=True):
         place = int(len(units) * depth)

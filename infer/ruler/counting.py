@@ -37,7 +37,6 @@ FREQUENT_TOKENS = 50
 ALPHA = 2.0
 LETTERS = 6
 LEAST_WORDS = 27  # so that the third word appears once
-UNIQUE_FROM = 74  # from so many on the third word always appears more often than the fourth
 
 
 def common_words(kind: str, label: str, length: int, tokenizer: Tokenizer) -> Task:

@@ -15,6 +15,7 @@ PACKAGES = [
     "core",
     "data",
     "infer",
+    "infer.ruler",
     "model",
     "model.attention",
     "model.families",

@@ -1,0 +1,83 @@
+"""Text to hide needles in: files of the user, or the built-in filler.
+
+haystack = read(("essays/*.txt",), "bench.haystack")
+haystack.sentences(5000)  # of its first 5000 words
+"""
+
+import dataclasses
+import functools
+import glob
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from core.config import UserError
+from infer.ruler import words
+
+WORD = re.compile(r"\S{1,40}")  # what has no spaces is cut
+SENTENCE_WORDS = 50  # what has no full stops is cut too
+
+
+@dataclasses.dataclass(frozen=True)
+class Haystack:
+    """A text as words. `name` is what a report calls it."""
+
+    name: str
+    words: Sequence[str]
+
+    def sentences(self, count: int) -> list[str]:
+        """The first `count` words; a text that is too short starts anew, as RULER's essays."""
+        times = -(-count // len(self.words))
+        some = list(self.words[:count]) if times == 1 else (list(self.words) * times)[:count]
+        found, begin = [], 0
+        for end, word in enumerate(some, 1):
+            ends = word.rstrip("\"')]").endswith((".", "!", "?"))
+            if ends or end - begin == SENTENCE_WORDS or end == count:
+                found.append(" ".join(some[begin:end]))
+                begin = end
+        return found
+
+    @functools.cached_property
+    def text(self) -> str:
+        """All words, once."""
+        return " ".join(self.words)
+
+
+@functools.lru_cache(maxsize=8)
+def _filler(count: int) -> Haystack:
+    return Haystack("built-in filler", words.filler(count))
+
+
+def builtin(length: int) -> Haystack:
+    """Our own filler, of at least `length` words."""
+    return _filler(max(1 << 12, 1 << (length - 1).bit_length()))
+
+
+def read(globs: Iterable[str], field: str) -> Haystack:
+    """The .txt files that the globs match, in order; `field` is what errors name."""
+    globs = tuple(globs)
+    paths = dict.fromkeys(path for pattern in globs for path in _matches(pattern, field))
+    found = [word for path in paths for word in WORD.findall(_text(path, field))]
+    if not found:
+        raise UserError(f"{field}={globs} has no words: name .txt files with text in them")
+    return Haystack(", ".join(globs), found)
+
+
+def _matches(pattern: str, field: str) -> list[str]:
+    pattern = os.path.expanduser(pattern)
+    found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+    found = [path for path in found if os.path.isfile(path)]
+    if not found:
+        raise UserError(f"{field}={pattern} matches no file: name .txt files, as essays/*.txt")
+    wrong = [path for path in found if not path.endswith(".txt")]
+    if wrong:
+        raise UserError(f"{field}: {wrong[0]} is not a .txt; only those are understood")
+    return found
+
+
+def _text(path: str, field: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{field}: {path} is not UTF-8: {error}") from None

@@ -16,7 +16,10 @@ class DecodeConfig(Sampling):
     checkpoint: str = setting("", "a bundle; empty is the workdir")
     step: int | None = setting(None, "of the bundle; None is the newest complete one", low=0)
     prompt: str = setting("", "one text; with no prompts either, a document from its start")
-    prompts: str = setting("", "a .txt (a prompt a line), a .jsonl (text or tokens), - for stdin")
+    prompts: str = setting(
+        "",
+        "a .txt (a prompt a line), a .jsonl (text or tokens; sampling of its own), - for stdin",
+    )
     logprobs: bool = setting(False, "give the model's own log-probability of each new token")
     top_logprobs: int = setting(0, "give those of so many of the likeliest tokens too", low=0)
     prompt_logprobs: bool = setting(False, "give those of the prompt's tokens")

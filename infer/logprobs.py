@@ -30,8 +30,9 @@ def likeliest(logits_BV: jax.Array, vocab_size: int, num: int) -> tuple[jax.Arra
 def of_chunk(
     model: Transformer, hidden_BTD: jax.Array, targets_BT: jax.Array, start: jax.Array
 ) -> jax.Array:
-    """float32 [B, T]: the log-probability of each target after its token, of a chunk as
-    `steps.run_chunk` leaves it.
+    """float32 [B, T]: the log-probability of each target after its token.
+
+    Where the length is sharded the hidden states are dealt to the shards; targets are in order.
     """
     rules = model.rules
     targets_BT = cache.deal(targets_BT, start, rules)

@@ -37,7 +37,7 @@ CASES = [
     dict(frequency_penalty=0.4),
     dict(presence_penalty=-0.7, top_p=0.7),
     dict(repetition_penalty=1.3, frequency_penalty=-0.4, presence_penalty=0.7),
-    dict(logit_bias=((3, 4.5), (7, -0.25), (11, 500.0))),
+    dict(logit_bias=((3, 4.5), (7, -0.25), (11, -500.0))),
     dict(allowed_tokens=(1, 2, 50, 299), temperature=1.2),
     dict(banned_tokens=(0, 5, 299), logit_bias=((5, 100.0),), top_k=9),
     dict(min_tokens=MADE + 1),

@@ -137,6 +137,13 @@ def test_lines_of_a_file_override_the_section(bundle, tmp_path):
     assert [row["tokens"] for row in again] == [row["tokens"] for row in out[2:4]]
 
 
+def test_a_line_draws_by_its_own_seed(bundle, tmp_path):
+    lines = [{"text": "the", "seed": seed} for seed in (7, 8, 7, 2**32 - 1)]
+    path = cases.write_jsonl(tmp_path / "in.jsonl", lines)
+    first, second, third, last = (row["tokens"] for row in run(bundle, prompts=path))
+    assert first == third and len({tuple(first), tuple(second), tuple(last)}) == 3
+
+
 def test_every_setting_of_a_line_counts(bundle, tmp_path):
     line = dict(
         temperature=0.3, top_k=2, top_p=0.3, min_p=0.5, typical_p=0.6, frequency_penalty=2.0,

@@ -102,6 +102,11 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         if value in args:
             return value
         raise UserError(f"{where}={value!r} is not one of {', '.join(map(repr, args))}")
+    if origin is tuple and isinstance(value, list | tuple) and args[-1] is not Ellipsis:
+        if len(value) != len(args):
+            raise UserError(f"{where}={value!r} must have {len(args)} items: {hint}")
+        pairs = enumerate(zip(args, value, strict=True))
+        return tuple(convert(arg, item, f"{where}[{i}]") for i, (arg, item) in pairs)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if isinstance(hint, type) and issubclass(hint, Section) and isinstance(value, Mapping):

@@ -30,7 +30,7 @@ from core.sharding import MeshConfig, make_mesh
 from infer import load, plot
 from infer.config import BenchConfig
 from infer.engine import Engine, Plan
-from infer.sampling import Sampling
+from infer.sampling import Sampling, pack
 from infer.steps import STEPS, Prefilled
 from model import cache, flops, transformer
 from model.cache import KVCache
@@ -127,7 +127,7 @@ def sweep(model: Transformer, attention: str, config: BenchConfig) -> Iterator[d
     model.config.check_length("bench.contexts with the tokens decoded", contexts[-1] + room)
     chunk = min(config.prefill_chunk, contexts[0])
     plan = Plan.of(config.batch_size, contexts[-1], room, chunk)
-    engine = Engine(model, plan, how=Sampling(temperature=0))
+    engine = Engine(model, plan)
     shape = (plan.batch, contexts[-1])
     tokens_BT = np.random.default_rng(0).integers(0, model.config.vocab_size, shape, np.int32)
     jax.block_until_ready(engine.prefill(tokens_BT[:, : plan.chunk]))  # compiles and warms up
@@ -145,8 +145,8 @@ def time_decode(engine: Engine, now: Prefilled, tokens_BT: np.ndarray, repeats: 
     """Seconds a token (of every row) at this depth; `now` is copied, and stays as it is."""
     stopped_B = np.zeros(engine.plan.batch, bool)
     copy = jax.tree.map(jnp.copy, now)
-    limit = STEPS * (repeats + 1)
-    state = engine.start(copy, tokens_BT, [0] * len(tokens_BT), limit, seed=0)
+    hows = [Sampling(temperature=0, max_tokens=STEPS * (repeats + 1))] * len(tokens_BT)
+    state = engine.start(copy, tokens_BT, [0] * len(hows), pack(hows))
     state, _ = jax.block_until_ready(engine.advance(state, stopped_B))  # compiles, warms up
     seconds = []
     for _ in range(repeats):

@@ -16,27 +16,22 @@ class DecodeConfig(Sampling):
     checkpoint: str = setting("", "a bundle; empty is the workdir")
     step: int | None = setting(None, "of the bundle; None is the newest complete one", low=0)
     prompt: str = setting("", "one text; with no prompts either, a document from its start")
-    prompts: str = setting("", "a .txt (a prompt a line), a .jsonl (text or tokens), - for stdin")
-    max_tokens: int = setting(128, "new tokens a row at most", low=1)
-    stop: tuple[str, ...] = setting((), "strings that end a row; they are never shown")
-    seed: int = setting(0, "sample i of a prompt draws from (seed, i)", low=0, high=2**32 - 1)
-    n: int = setting(1, "samples a prompt", low=1)
+    prompts: str = setting(
+        "",
+        "a .txt (a prompt a line), a .jsonl (text or tokens; sampling of its own), - for stdin",
+    )
     logprobs: bool = setting(False, "give the model's own log-probability of each new token")
+    top_logprobs: int = setting(0, "give those of so many of the likeliest tokens too", low=0)
+    prompt_logprobs: bool = setting(False, "give those of the prompt's tokens")
     stream: bool = setting(True, "show text as it comes, not when its row has ended")
     output: str = setting("", "a JSON lines file of the results")
     batch_size: int = setting(8, "rows at a time, over all devices", low=1)
     prefill_chunk: int = setting(512, "prompt tokens of a row in one step", low=1)
 
     def check(self) -> None:
-        if self.temperature == 0 and self.n > 1:
-            raise UserError(
-                f"temperature=0 with n={self.n}: greedy samples are all the same; "
-                "set n=1 or a temperature"
-            )
+        Sampling.check(self)
         if self.prompt and self.prompts:
             raise UserError(f"prompt={self.prompt!r} and prompts={self.prompts!r}: give one")
-        if "" in self.stop:
-            raise UserError(f"stop={self.stop!r} holds an empty string, which ends every text")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,147 +17,91 @@ from rich.console import Console
 
 from core import cli, tree
 from core.checkpoint import write_text
-from core.config import Experiment, UserError
+from core.config import Experiment
 from core.sharding import MeshConfig, make_mesh, prefilling
 from data.tokenizer_base import Tokenizer
-from infer import load, text
+from infer import load
 from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
 from infer.load import Found
-from infer.sampling import Sampling
-from infer.text import Prompt, Writer
-
-
-@dataclasses.dataclass
-class Row:
-    """One sample of one prompt, while it grows."""
-
-    prompt: Prompt
-    sample: int
-    writer: Writer | None  # None without a tokenizer: ids are the text
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    finish_reason: str | None = None  # "stop", "length", or None while it grows
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    unshown: str = ""
-
-    def add(self, token: int, logprob: float, eos: tuple[int, ...], max_tokens: int) -> None:
-        """One more token; may end the row."""
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        self.unshown += self.writer.push(token) if self.writer else f"{token} "
-        if token in eos or (self.writer and self.writer.stopped):
-            self.finish_reason = "stop"
-        elif len(self.tokens) == max_tokens:
-            self.finish_reason = "length"
-        if self.finish_reason and self.writer:
-            self.unshown += self.writer.flush()
-            if self.writer.stopped:  # by the half character that `flush` gave out
-                self.finish_reason = "stop"
-
-    def result(self, logprobs: bool) -> dict:
-        """The row of decode.output."""
-        row = {
-            "prompt": self.prompt.text,
-            "prompt_tokens": self.prompt.tokens.tolist(),
-            "tokens": self.tokens,
-            "text": self.writer.text if self.writer else None,
-            "finish_reason": self.finish_reason,
-            "logprobs": self.logprobs,
-            "prefill_seconds": self.prefill_seconds,
-            "decode_seconds": self.decode_seconds,
-            "tokens_per_second": len(self.tokens) / self.decode_seconds,
-        }
-        return row if logprobs else {k: v for k, v in row.items() if k != "logprobs"}
+from infer.rows import Row, read_rows
+from infer.sampling import Packed, Sampling, pack
+from infer.steps import Made
 
 
 def main(experiment: Experiment) -> list[dict]:
     """Decodes what the `decode` section asks for; the rows of its output."""
     config: DecodeConfig = experiment.decode
     found = load.find(config.checkpoint or experiment.workdir, config.step)
-    prompts = read_prompts(config, found)
+    rows = read_rows(config, found)
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(make_mesh(experiment.mesh)):
         mesh = experiment.mesh
         model = load.restore(found, prefilling(mesh.strategy, mesh.ulysses, mesh.both_ways))
-        longest = max(len(prompt.tokens) for prompt in prompts)
-        num_rows = min(config.batch_size, len(prompts) * config.n)
-        plan = Plan.of(num_rows, longest, config.max_tokens, config.prefill_chunk)
-        how = Sampling(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Sampling)})
-        engine = Engine(model, plan, found.tokenizer, how)
-        print(header(found, config, tree.num_elements(model)), file=sys.stderr, flush=True)
-        rows = [
-            Row(prompt, sample, writer(prompt, config, found.tokenizer))
-            for prompt in prompts
-            for sample in range(config.n)
-        ]
+        longest = max(len(row.prompt.tokens) for row in rows)
+        length = max(len(row.prompt.tokens) + row.how.max_tokens for row in rows)
+        num_rows = min(config.batch_size, len(rows))
+        plan = Plan.of(num_rows, longest, length - longest, config.prefill_chunk)
+        engine = Engine(model, plan, found.tokenizer, config.top_logprobs)
+        print(header(found, config, rows, tree.num_elements(model)), file=sys.stderr, flush=True)
+        packed = pack([row.how for row in rows])
         show = Show(rows, config.stream)
         for first in range(0, len(rows), config.batch_size):
-            for _ in decode(
-                engine, rows[first : first + config.batch_size], config, found.tokenizer
-            ):
+            part = slice(first, first + config.batch_size)
+            batch = decode(engine, rows[part], packed.rows(part), config, found.tokenizer)
+            for _ in batch:
                 show.update()
         print(summary(engine, rows, config.batch_size), file=sys.stderr)
-    results = [row.result(config.logprobs) for row in rows]
+    results = [row.result(config) for row in rows]
     if config.output:
         write_text(Path(config.output), "".join(json.dumps(row) + "\n" for row in results))
         print(f"{len(rows)} rows in {config.output}", file=sys.stderr)
     return results
 
 
-def read_prompts(config: DecodeConfig, found: Found) -> list[Prompt]:
-    """What to continue; UserError when it does not fit, before anything is compiled."""
-    model, tokenizer = found.config, found.tokenizer
-    if config.stop and tokenizer is None:
-        raise UserError(f"decode.stop={config.stop!r}: the bundle has no tokenizer, hence no text")
-    if config.prompts:
-        vocab_size = tokenizer.vocab_size if tokenizer else model.vocab_size
-        prompts = text.read(config.prompts, "decode.prompts", tokenizer, vocab_size)
-    else:
-        prompts = [text.from_text(config.prompt, f"decode.prompt={config.prompt!r}", tokenizer)]
-    for number, prompt in enumerate(prompts, 1):
-        room = model.context - len(prompt.tokens)
-        if room < config.max_tokens:
-            remedy = f"set it to {room} or less" if room > 0 else "shorten the prompt"
-            raise UserError(
-                f"prompt {number} has {len(prompt.tokens)} tokens, and with "
-                f"decode.max_tokens={config.max_tokens} that is more than "
-                f"model.context={model.context}: {remedy}"
-            )
-    return prompts
-
-
-def writer(prompt: Prompt, config: DecodeConfig, tokenizer: Tokenizer | None) -> Writer | None:
-    """What writes the text after a prompt; None where ids are the text."""
-    return Writer(tokenizer, config.stop, prompt.tokens) if tokenizer else None
-
-
 def decode(
-    engine: Engine, rows: list[Row], config: DecodeConfig, tokenizer: Tokenizer | None
+    engine: Engine,
+    rows: list[Row],
+    packed: Packed,
+    config: DecodeConfig,
+    tokenizer: Tokenizer | None,
 ) -> Iterator[None]:
     """Grows one batch of rows to their ends; yields whenever they have grown."""
-    prompts = [row.prompt.tokens for row in rows]
+    prompts, new = [row.prompt.tokens for row in rows], [row.how.max_tokens for row in rows]
     eos = tokenizer.eos if tokenizer else ()
     began = engine.clock()
-    now = jax.block_until_ready(engine.prefill(prompts))
+    if config.prompt_logprobs:
+        now, scores = engine.score(prompts, new)
+        for row, logprobs_T in zip(rows, scores, strict=True):
+            row.prompt_logprobs = logprobs_T.tolist()
+    else:
+        now = engine.prefill(prompts, new=new)
+    now = jax.block_until_ready(now)
     prefilled = engine.clock()
-    samples = [row.sample for row in rows]
-    state = engine.start(now, prompts, samples, config.max_tokens, config.seed)
+    state = engine.start(now, prompts, [row.sample for row in rows], packed)
     stopped_B = np.zeros(engine.plan.batch, bool)
-    for tokens_BC, logprobs_BC in engine.decode(state, stopped_B):
+    for made in engine.decode(state, stopped_B):
         seconds = engine.clock() - prefilled
         for b, row in enumerate(rows):
             if row.finish_reason:
                 continue
             row.prefill_seconds, row.decode_seconds = prefilled - began, seconds
-            for token, logprob in zip(tokens_BC[b].tolist(), logprobs_BC[b].tolist(), strict=True):
+            for token, logprob, top in tokens_of(made, b):
                 if not row.finish_reason:
-                    row.add(token, logprob, eos, config.max_tokens)
+                    row.add(token, logprob, top, eos)
             stopped_B[b] = bool(row.finish_reason)
         stopped_B[len(rows) :] = True
         yield
+
+
+def tokens_of(made: Made, b: int) -> Iterator[tuple[int, float, list[list]]]:
+    """(token, log-probability, the likeliest with theirs) of row b, one after the other."""
+    tops = [[] for _ in made.tokens_BC[b]]
+    if made.top_tokens_BCJ is not None:
+        pairs = zip(made.top_tokens_BCJ[b], made.top_logprobs_BCJ[b], strict=True)
+        tops = [list(map(list, zip(ids.tolist(), x.tolist(), strict=True))) for ids, x in pairs]
+    return zip(made.tokens_BC[b].tolist(), made.logprobs_BC[b].tolist(), tops, strict=True)
 
 
 class Show:
@@ -194,17 +138,19 @@ class Show:
             self._stderr.print(prompt, style="dim", end="")
 
 
-def header(found: Found, config: DecodeConfig, num_parameters: int) -> str:
+def header(found: Found, config: DecodeConfig, rows: list[Row], num_parameters: int) -> str:
     """One line: what decodes, on what, and how."""
     device = jax.devices()[0]
     how = [f"temperature {config.temperature:g}" if config.temperature else "greedy"]
     for field in dataclasses.fields(Sampling):
         value = getattr(config, field.name)
-        if field.name != "temperature" and value != field.default:
-            how.append(f"{field.name} {value:g}")
+        if field.name not in ("temperature", "max_tokens", "seed") and value != field.default:
+            how.append(f"{field.name} {value}")
+    own = sum(bool(row.prompt.settings) for row in rows)
+    how += [f"seed {config.seed}"] + [f"{own} of {len(rows)} rows set their own"] * bool(own)
     return (
         f"{found.path} step {found.step}, {num_parameters / 1e6:.1f} M parameters, "
-        f"{jax.device_count()} x {device.device_kind}; {', '.join(how)}, seed {config.seed}"
+        f"{jax.device_count()} x {device.device_kind}; {', '.join(how)}"
     )
 
 

@@ -1,8 +1,8 @@
 """Chunked prefill and a jitted decode loop over one donated cache, for a batch of rows.
 
-engine = Engine(model, Plan(batch=8, length=1024, chunk=256), tokenizer, Sampling())
-state = engine.start(engine.prefill(prompts), prompts, samples, max_tokens=64, seed=0)
-for tokens_BC, logprobs_BC in engine.decode(state, stopped_B): ...
+engine = Engine(model, Plan(batch=8, length=1024, chunk=256), tokenizer)
+state = engine.start(engine.prefill(prompts), prompts, samples, pack([Sampling()] * 8))
+for made in engine.decode(state, stopped_B): ...
 """
 
 import functools
@@ -18,8 +18,9 @@ import numpy as np
 from core import sharding, tree
 from data.tokenizer_base import Tokenizer
 from infer import steps
-from infer.sampling import Counts, Sampling
-from infer.steps import Prefilled, State
+from infer.draw import Counts
+from infer.sampling import Packed
+from infer.steps import Made, Prefilled, State
 from model import cache, transformer
 from model.transformer import Transformer
 
@@ -46,8 +47,8 @@ class Plan(NamedTuple):
         return cls(batch, prompt + new, chunk, new)
 
 
-def _keys(seed: jax.Array, sample_B: jax.Array) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), sample_B)
+def _keys(seed_B: jax.Array, sample_B: jax.Array) -> jax.Array:
+    return jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seed_B), sample_B)
 
 
 class Engine:
@@ -58,14 +59,15 @@ class Engine:
         model: Transformer,
         plan: Plan,
         tokenizer: Tokenizer | None = None,
-        how: Sampling = Sampling(),  # noqa: B008 (frozen)
+        top_logprobs: int = 0,
     ):
-        self.model, self.plan, self._how = model, plan, how
+        """`top_logprobs`: of how many of the likeliest tokens `Made` tells, at every step."""
+        self.model, self.plan = model, plan
         # The same weights, under the rules by which new tokens come one at a time.
         one_by_one = transformer.abstract(model.config, sharding.decoding())
         self.decoder = tree.with_leaves(one_by_one, tree.named_leaves(model))
         static = dict(
-            how=how,
+            top_logprobs=top_logprobs,
             eos=tokenizer.eos if tokenizer else (),
             vocab_size=tokenizer.vocab_size if tokenizer else model.config.vocab_size,
         )
@@ -73,6 +75,7 @@ class Engine:
             "empty": jax.jit(self._empty),
             "keys": jax.jit(_keys),
             "extend": jax.jit(steps.extend, donate_argnums=1),
+            "extend_and_score": jax.jit(steps.extend_and_score, donate_argnums=1),
             "advance": jax.jit(functools.partial(steps.advance, **static), donate_argnums=1),
         }
         self._compiled = {}
@@ -106,14 +109,40 @@ class Engine:
         return jax.device_put(x, self.model.rules(*names))
 
     def prefill(
-        self, rows: Sequence[np.ndarray], now: Prefilled | None = None, first: int = 0
+        self,
+        rows: Sequence[np.ndarray],
+        now: Prefilled | None = None,
+        first: int = 0,
+        new: Sequence[int] | None = None,
     ) -> Prefilled:
-        """The tokens `first` and later of at most `plan.batch` rows, in chunks, after `now`."""
-        now = self.empty() if now is None else now
-        new = jnp.int32(self.plan.new)
-        for tokens_BT, start, length_B in self.chunks(rows, first):
-            now = self._run("extend", self.model, now, tokens_BT, start, length_B, new)
+        """The tokens `first` and later of at most `plan.batch` rows, in chunks, after `now`.
+
+        At most `new` tokens will follow each row; `plan.new` if that is None.
+        """
+        now, new_B = self.empty() if now is None else now, self._new(new)
+        for chunk in self.chunks(rows, first):
+            now = self._run("extend", self.model, now, *chunk, new_B)
         return now
+
+    def score(
+        self, rows: Sequence[np.ndarray], new: Sequence[int] | None = None
+    ) -> tuple[Prefilled, list[np.ndarray]]:
+        """`prefill`, and for each row [T] the log-probability [T - 1] of all but its first."""
+        now, new_B, parts = self.empty(), self._new(new), []
+        shifted = self.chunks([np.append(row[1:], 0) for row in rows])
+        for chunk, (targets_BT, _, _) in zip(self.chunks(rows), shifted, strict=True):
+            args = self.model, now, *chunk, new_B, targets_BT
+            now, logprobs_BT = self._run("extend_and_score", *args)
+            parts.append(np.asarray(logprobs_BT))
+        logprobs_BT = np.concatenate(parts, axis=1)
+        return now, [logprobs_BT[b, : len(row) - 1] for b, row in enumerate(rows)]
+
+    def _new(self, new: Sequence[int] | None) -> jax.Array:
+        """[B], new tokens of each row."""
+        new_B = np.full(self.plan.batch, self.plan.new, np.int32)
+        if new is not None:
+            new_B[: len(new)] = new
+        return self.place(new_B)
 
     def chunks(
         self, rows: Sequence[np.ndarray], first: int = 0
@@ -135,37 +164,37 @@ class Engine:
         now: Prefilled,
         prompts: Sequence[np.ndarray],
         samples: Sequence[int],
-        max_tokens: int,
-        seed: int,
+        packed: Packed,
     ) -> State:
-        """`now` holds the prompts, no token is new yet; row b draws by (seed, samples[b])."""
+        """`now` holds the prompts, no token is new yet; row b draws by its seed and samples[b].
+
+        `packed` has the settings of these rows, and in every call the same arrays or None.
+        """
         B, V = self.plan.batch, self.model.config.vocab_size
-        length_B, sample_B, limit_B = (np.zeros(B, np.int32) for _ in range(3))
+        fill = B - len(prompts)
+        packed = jax.tree.map(lambda x: np.pad(x, [(0, fill)] + [(0, 0)] * (x.ndim - 1)), packed)
+        length_B, sample_B = np.zeros(B, np.int32), np.zeros(B, np.int32)
         length_B[: len(prompts)] = [len(prompt) for prompt in prompts]
-        sample_B[: len(prompts)], limit_B[: len(prompts)] = samples, max_tokens
-        keys_B = self._run("keys", jnp.uint32(seed), self.place(sample_B))
+        sample_B[: len(prompts)] = samples
+        done_B = packed.max_tokens_B == 0
+        packed = jax.tree.map(self.place, packed)
+        keys_B = self._run("keys", packed.seed_B, self.place(sample_B))
         counts = None
-        if self._how.penalises:
+        if packed.penalties is not None:
             prompt_BV = np.zeros((B, V), bool)
             for b, prompt in enumerate(prompts):
                 prompt_BV[b, prompt] = True
             counts = Counts(self.place(prompt_BV), self.place(np.zeros((B, V), np.int32)))
-        length_B, made_B, limit_B, done_B = map(
-            self.place, (length_B, np.zeros(B, np.int32), limit_B, limit_B == 0)
-        )
-        return State(now, length_B, made_B, limit_B, done_B, keys_B, counts)
+        length_B, made_B, done_B = map(self.place, (length_B, np.zeros(B, np.int32), done_B))
+        return State(now, length_B, made_B, done_B, keys_B, packed, counts)
 
-    def advance(
-        self, state: State, stopped_B: np.ndarray
-    ) -> tuple[State, tuple[jax.Array, jax.Array, jax.Array]]:
+    def advance(self, state: State, stopped_B: np.ndarray) -> tuple[State, tuple[Made, jax.Array]]:
         """One call of the decode loop, under way when this returns; `state` is used up."""
         state, *out = self._run("advance", self.decoder, state, self.place(stopped_B.copy()))
         return state, tuple(out)
 
-    def decode(
-        self, state: State, stopped_B: np.ndarray
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(tokens, log-probabilities) [B, STEPS] until all rows have ended; -1 after an end.
+    def decode(self, state: State, stopped_B: np.ndarray) -> Iterator[Made]:
+        """STEPS tokens a row at a time, as NumPy arrays, until all rows have ended.
 
         The next call is under way while the caller looks at these. The caller ends row b early
         by setting `stopped_B[b]`.
@@ -173,8 +202,8 @@ class Engine:
         state, ready = self.advance(state, stopped_B)
         while True:
             state, coming = self.advance(state, stopped_B)
-            tokens_BC, logprobs_BC, finished = jax.device_get(ready)
-            yield tokens_BC, logprobs_BC
+            made, finished = jax.device_get(ready)
+            yield made
             if finished or stopped_B.all():
                 return
             ready = coming

@@ -1,33 +1,35 @@
-"""From logits to a token, row by row in float32, in the order of vLLM V1:
+"""How the tokens of a row are drawn: what a user sets, and the arrays of a batch of it.
 
-    repetition -> frequency -> presence penalty -> argmax if greedy, else
-    temperature -> min_p -> top_k -> top_p -> draw
+    packed = pack([Sampling(temperature=0), Sampling(temperature=0.8, top_p=0.95, seed=3)])
 
-    token_B = sample(logits_BV, keys_B, counts, Sampling(temperature=0.8, top_p=0.95))
-
-No stage sorts: top_k and top_p bisect over a threshold, so tokens that tie with the last one
-kept are all kept.
+`infer.draw` has the stages and their order.
 """
 
 import dataclasses
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from core.config import Section, setting
+from core.config import Section, UserError, setting
 
-LOWEST, HIGHEST = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
+NO_ID = 2**31 - 1  # fills up lists of ids: beyond every vocabulary
+HIGHEST_BIAS = 100.0  # as in vLLM, more counts as this
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling(Section):
-    """How a token is drawn; static under jit."""
+    """How one row goes on; a line of decode.prompts may set any of these for itself."""
 
     temperature: float = setting(1.0, "divides the logits; 0 is greedy", low=0, high=2)
-    top_k: int = setting(0, "keep the k likeliest tokens; 0 is off", low=0)
+    top_k: int = setting(0, "keep the k likeliest tokens; 0 is off", low=0, high=NO_ID)
     top_p: float = setting(1.0, "keep the likeliest that add up to p; 1 is off", above=0, high=1)
     min_p: float = setting(0.0, "keep those with p >= min_p * the highest p", low=0, high=1)
+    typical_p: float = setting(
+        1.0, "keep those of most typical surprise that add up to p; 1 is off", above=0, high=1
+    )
     frequency_penalty: float = setting(
         0.0, "off the logit for each time the output has the token", low=-2, high=2
     )
@@ -37,72 +39,124 @@ class Sampling(Section):
     repetition_penalty: float = setting(
         1.0, "divides logits > 0 and multiplies others of tokens in prompt or output", above=0
     )
+    logit_bias: tuple[tuple[int, float], ...] = setting(
+        (), "(id, value) pairs, added to logits; beyond -100 and 100 a value counts as that"
+    )
+    allowed_tokens: tuple[int, ...] = setting((), "ids; no others are drawn; () allows all", low=0)
+    banned_tokens: tuple[int, ...] = setting((), "ids that are never drawn", low=0)
+    min_tokens: int = setting(0, "no end token before so many new ones; stop still ends", low=0)
+    max_tokens: int = setting(128, "new tokens a row at most", low=1, high=NO_ID)
+    stop: tuple[str, ...] = setting((), "strings that end a row; they are never shown")
+    seed: int = setting(0, "sample i of a prompt draws from (seed, i)", low=0, high=2**32 - 1)
+    n: int = setting(1, "samples a prompt", low=1)
 
-    @property
-    def penalises(self) -> bool:
-        """Whether the past matters, so that `Counts` are needed."""
-        off = self.frequency_penalty == 0 and self.presence_penalty == 0
-        return not off or self.repetition_penalty != 1
-
-
-class Counts(NamedTuple):
-    """What penalties look at; 5 bytes a row and token of the vocabulary."""
-
-    prompt_BV: jax.Array  # bool, the prompt holds the token
-    output_BV: jax.Array  # int32, times that the output holds it
-
-
-def sample(
-    logits_BV: jax.Array, keys_B: jax.Array, counts: Counts | None, sampling: Sampling
-) -> jax.Array:
-    """int32 [B], one token a row, drawn by the row's own key; -inf logits are never drawn."""
-    logits_BV = logits_BV.astype(jnp.float32)
-    if counts is not None:
-        logits_BV = penalise(logits_BV, counts, sampling)
-    if sampling.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = keep(logits_BV, sampling)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
-
-
-def penalise(logits_BV: jax.Array, counts: Counts, sampling: Sampling) -> jax.Array:
-    """Repetition over prompt and output, then frequency and presence over the output."""
-    r = sampling.repetition_penalty
-    seen_BV = counts.prompt_BV | (counts.output_BV > 0)
-    scale_BV = jnp.where(seen_BV, jnp.where(logits_BV > 0, 1 / r, r), 1.0)
-    logits_BV = logits_BV * scale_BV
-    logits_BV -= sampling.frequency_penalty * counts.output_BV
-    return logits_BV - sampling.presence_penalty * (counts.output_BV > 0)
+    def check(self) -> None:
+        if self.temperature == 0 and self.n > 1:
+            raise UserError(
+                f"temperature=0 with n={self.n}: greedy samples are all the same; "
+                "set n=1 or a temperature"
+            )
+        if self.min_tokens > self.max_tokens:
+            raise UserError(
+                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}: "
+                "lower the one or raise the other"
+            )
+        if "" in self.stop:
+            raise UserError(f"stop={self.stop!r} holds an empty string, which ends every text")
+        if not math.isfinite(self.repetition_penalty):
+            raise UserError(
+                f"repetition_penalty={self.repetition_penalty} is not finite: 1.2 is, for example"
+            )
+        ids = [token for token, _ in self.logit_bias]
+        if len(set(ids)) < len(ids):
+            twice = next(token for token in ids if ids.count(token) > 1)
+            raise UserError(f"logit_bias names token {twice} twice: give one value")
+        if any(math.isnan(value) for _, value in self.logit_bias):
+            raise UserError("logit_bias has a value that is not a number (nan): give one")
 
 
-def keep(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits over the temperature, their maximum 0, with -inf where a token is ruled out."""
-    highest_B1 = logits_BV.max(axis=-1, keepdims=True)
-    logits_BV = (logits_BV - highest_B1) / sampling.temperature  # max off first: no overflow
-    if sampling.min_p > 0:
-        logits_BV = jnp.where(logits_BV >= jnp.log(sampling.min_p), logits_BV, -jnp.inf)
-    if 0 < sampling.top_k < logits_BV.shape[-1]:
-        ones_BV = jnp.ones_like(logits_BV)
-        logits_BV = _keep_heaviest(logits_BV, ones_BV, float(sampling.top_k))
-    if sampling.top_p < 1:
-        logits_BV = _keep_heaviest(logits_BV, jax.nn.softmax(logits_BV, axis=-1), sampling.top_p)
-    return logits_BV
+class Penalties(NamedTuple):
+    """Together, as they share `draw.Counts`."""
+
+    repetition_B: Any
+    frequency_B: Any
+    presence_B: Any
 
 
-def _keep_heaviest(logits_BV: jax.Array, weight_BV: jax.Array, target: float) -> jax.Array:
-    """The highest logits whose weights add up to `target`; all of them if rounding forbids it."""
-    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.int32)
-    # As integers, negative floats run backwards: turned round, the order is that of the floats.
-    order_BV = bits_BV ^ ((bits_BV >> 31) & HIGHEST)
+class Bias(NamedTuple):
+    """What is added to single logits: -inf for banned tokens."""
 
-    def halve(_, bounds):
-        low_B1, high_B1 = bounds
-        middle_B1 = (low_B1 & high_B1) + ((low_B1 ^ high_B1) >> 1)  # the mean, no overflow
-        kept_BV = jnp.where(order_BV >= middle_B1, weight_BV, 0.0)
-        enough_B1 = kept_BV.sum(axis=-1, keepdims=True) >= target
-        low_B1 = jnp.where(enough_B1, middle_B1, low_B1)
-        return low_B1, jnp.where(enough_B1, high_B1, middle_B1)
+    tokens_BJ: Any  # int32, filled up with NO_ID
+    values_BJ: Any  # float32
 
-    zero_B1 = order_BV[:, :1] * 0  # made from the logits: sharded as they are
-    low_B1, _ = jax.lax.fori_loop(0, 32, halve, (zero_B1 + LOWEST, zero_B1 + HIGHEST))
-    return jnp.where(order_BV >= low_B1, logits_BV, -jnp.inf)
+
+class Packed(NamedTuple):
+    """The settings of a batch, or of all rows of a run. An array is None where no row of the
+    run uses its stage, which then is not in the program at all.
+    """
+
+    max_tokens_B: Any
+    seed_B: Any
+    temperature_B: Any  # None: all rows are greedy
+    min_p_B: Any
+    top_k_B: Any
+    top_p_B: Any
+    typical_p_B: Any
+    min_tokens_B: Any
+    penalties: Penalties | None
+    bias: Bias | None
+    allowed_BJ: Any  # int32, filled up with NO_ID; a row of nothing else allows all
+
+    def rows(self, part: slice) -> "Packed":
+        """These rows of it."""
+        return jax.tree.map(lambda x: x[part], self)
+
+
+def pack(hows: Sequence[Sampling]) -> Packed:
+    """All rows of a run, in NumPy; its batches are `rows` of this, so one program fits all."""
+
+    def column(name: str, dtype: type = np.float32) -> np.ndarray:
+        return np.array([getattr(how, name) for how in hows], dtype)
+
+    def used(*names: str) -> bool:
+        """A stage that a row can leave out is left out by the defaults."""
+        off = {field.name: field.default for field in dataclasses.fields(Sampling)}
+        return any(getattr(how, name) != off[name] for how in hows for name in names)
+
+    def optional(name: str, dtype: type = np.float32) -> np.ndarray | None:
+        return column(name, dtype) if used(name) else None
+
+    penalties = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+    biased, restricted = used("logit_bias", "banned_tokens"), used("allowed_tokens")
+    temperature_B = column("temperature")
+    return Packed(
+        max_tokens_B=column("max_tokens", np.int32),
+        seed_B=column("seed", np.uint32),
+        temperature_B=temperature_B if temperature_B.any() else None,
+        min_p_B=optional("min_p"),
+        top_k_B=optional("top_k", np.int32),
+        top_p_B=optional("top_p"),
+        typical_p_B=optional("typical_p"),
+        min_tokens_B=optional("min_tokens", np.int32),
+        penalties=Penalties(*map(column, penalties)) if used(*penalties) else None,
+        bias=_bias(hows) if biased else None,
+        allowed_BJ=_table([how.allowed_tokens for how in hows], NO_ID) if restricted else None,
+    )
+
+
+def _bias(hows: Sequence[Sampling]) -> Bias:
+    tokens, values = [], []
+    for how in hows:
+        clamped = [min(max(value, -HIGHEST_BIAS), HIGHEST_BIAS) for _, value in how.logit_bias]
+        tokens.append([*(token for token, _ in how.logit_bias), *how.banned_tokens])
+        values.append([*clamped, *(-math.inf for _ in how.banned_tokens)])
+    return Bias(_table(tokens, NO_ID), _table(values, 0.0))
+
+
+def _table(lists: Sequence[Sequence[float]], fill: float) -> np.ndarray:
+    """[B, J]: lists of numbers, filled up to the longest."""
+    dtype = np.int32 if isinstance(fill, int) else np.float32
+    table_BJ = np.full((len(lists), max(map(len, lists))), fill, dtype)
+    for row_J, numbers in zip(table_BJ, lists, strict=True):
+        row_J[: len(numbers)] = numbers
+    return table_BJ

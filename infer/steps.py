@@ -6,13 +6,15 @@ Rows are padded on the right: token t of a row has position t, and segment 0 mar
 import dataclasses
 import functools
 import operator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from core.sharding import Rules
-from infer import sampling
-from infer.sampling import Counts, Sampling
+from infer import draw, logprobs
+from infer.draw import Counts
+from infer.sampling import Packed
 from model import cache
 from model.cache import KVCache
 from model.transformer import Transformer
@@ -37,10 +39,21 @@ class State:
     prefilled: Prefilled
     length_B: jax.Array  # int32, tokens of the prompt
     made_B: jax.Array  # int32, new tokens so far
-    limit_B: jax.Array  # int32, new tokens at most; 0 for rows that only fill the batch
     done_B: jax.Array  # bool
     keys_B: jax.Array  # one key a row: the result does not depend on the other rows
+    packed: Packed  # max_tokens 0 in rows that only fill the batch
     counts: Counts | None  # only when penalties are on
+
+
+class Made(NamedTuple):
+    """What a call of the decode loop gives: tokens, -1 where a row had ended before, and the
+    model's own log-probabilities of them and of the likeliest.
+    """
+
+    tokens_BC: jax.Array
+    logprobs_BC: jax.Array
+    top_tokens_BCJ: jax.Array | None
+    top_logprobs_BCJ: jax.Array | None
 
 
 def extend(
@@ -49,31 +62,38 @@ def extend(
     tokens_BT: jax.Array,
     start: jax.Array,
     length_B: jax.Array,
-    new: jax.Array,
+    new_B: jax.Array,
 ) -> Prefilled:
     """One prefill step: tokens start..start+T-1 of each row, of which `length_B` are real.
 
-    Up to `new` tokens will follow these.
+    Up to `new_B` tokens will follow these.
     """
-    hidden_BTD, at_BT, kv = run_chunk(model, now.cache, tokens_BT, start, length_B, new)
-    is_last_BT = at_BT == length_B[:, None] - 1
-    last_BD = jnp.einsum(
-        "BTD,BT->BD", hidden_BTD, is_last_BT.astype(hidden_BTD.dtype),
-        out_sharding=model.rules("batch", None),
-    )  # fmt: skip
-    here_B1 = is_last_BT.any(axis=1)[:, None]
-    return Prefilled(kv, jnp.where(here_B1, last_BD, now.last_BD))
+    return _extend(model, now, tokens_BT, start, length_B, new_B)[0]
 
 
-def run_chunk(
+def extend_and_score(
     model: Transformer,
-    kv: KVCache,
+    now: Prefilled,
     tokens_BT: jax.Array,
     start: jax.Array,
     length_B: jax.Array,
-    new: jax.Array | int = 0,
-) -> tuple[jax.Array, jax.Array, KVCache]:
-    """(hidden [B, T, D], positions [B, T], cache) of one chunk of every row.
+    new_B: jax.Array,
+    targets_BT: jax.Array,
+) -> tuple[Prefilled, jax.Array]:
+    """`extend`, and the log-probability [B, T] of each target after its token."""
+    now, hidden_BTD = _extend(model, now, tokens_BT, start, length_B, new_B)
+    return now, logprobs.of_chunk(model, hidden_BTD, targets_BT, start)
+
+
+def _extend(
+    model: Transformer,
+    now: Prefilled,
+    tokens_BT: jax.Array,
+    start: jax.Array,
+    length_B: jax.Array,
+    new_B: jax.Array,
+) -> tuple[Prefilled, jax.Array]:
+    """(what comes after the chunk, its hidden [B, T, D]).
 
     Where the length is sharded the chunk is dealt to the shards: `cache.collect` puts in order
     what comes of it.
@@ -81,8 +101,14 @@ def run_chunk(
     at_BT = tokens_BT * 0 + (start + jnp.arange(tokens_BT.shape[1]))[None, :]
     tokens_BT, at_BT = (cache.deal(x_BT, start, model.rules) for x_BT in (tokens_BT, at_BT))
     segments_BT = (at_BT < length_B[:, None]).astype(jnp.int32)
-    hidden_BTD, kv = model(tokens_BT, at_BT, segments_BT, kv, length_B + new)
-    return hidden_BTD, at_BT, kv
+    hidden_BTD, kv = model(tokens_BT, at_BT, segments_BT, now.cache, length_B + new_B)
+    is_last_BT = at_BT == length_B[:, None] - 1
+    last_BD = jnp.einsum(
+        "BTD,BT->BD", hidden_BTD, is_last_BT.astype(hidden_BTD.dtype),
+        out_sharding=model.rules("batch", None),
+    )  # fmt: skip
+    here_B1 = is_last_BT.any(axis=1)[:, None]
+    return Prefilled(kv, jnp.where(here_B1, last_BD, now.last_BD)), hidden_BTD
 
 
 def feed(
@@ -104,65 +130,71 @@ def advance(
     state: State,
     stopped_B: jax.Array,
     *,
-    how: Sampling,
     eos: tuple[int, ...],
     vocab_size: int,
+    top_logprobs: int = 0,
     steps: int = STEPS,
-) -> tuple[State, jax.Array, jax.Array, jax.Array]:
-    """(state, tokens [B, steps], log-probabilities [B, steps], whether all rows have ended).
-
-    Tokens are -1 where a row had ended before.
+) -> tuple[State, Made, jax.Array]:
+    """(state, `steps` tokens a row with `top_logprobs` of the likeliest, whether all have ended).
 
     `stopped_B` ends rows from outside. A row ends with a token of `eos`, which it keeps, or at
-    its limit. Log-probabilities are the model's own: before penalties and temperature.
+    its limit.
     """
     rules = model.rules
-    tokens_BC = jnp.full(
-        (state.made_B.size, steps), -1, jnp.int32, out_sharding=rules("batch", None)
-    )
+    rows, rows_of = rules("batch", None), rules("batch", None, None)
+    tokens_BC = jnp.full((state.made_B.size, steps), -1, jnp.int32, out_sharding=rows)
+    made = Made(tokens_BC, tokens_BC * 0.0, None, None)
+    if top_logprobs:
+        shape = (*tokens_BC.shape, top_logprobs)
+        tokens_BCJ = jnp.zeros(shape, jnp.int32, out_sharding=rows_of)
+        made = made._replace(top_tokens_BCJ=tokens_BCJ, top_logprobs_BCJ=tokens_BCJ * 0.0)
 
     def unfinished(carry):
-        i, state, _, _ = carry
+        i, state, _ = carry
         return (i < steps) & ~state.done_B.all()
 
     def step(carry):
-        i, state, tokens_BC, logprobs_BC = carry
+        i, state, made = carry
         logits_BV = model.logits(state.prefilled.last_BD[:, None])[:, 0]
-        logits_BV = jax.sharding.reshard(logits_BV, rules("batch", None))
-        token_B, logprob_B = _draw(logits_BV, state, how, vocab_size, rules)
-        active_B = ~state.done_B
-        tokens_BC = tokens_BC.at[:, i].set(jnp.where(active_B, token_B, -1))
-        logprobs_BC = logprobs_BC.at[:, i].set(jnp.where(active_B, logprob_B, 0.0))
-        return i + 1, _add(model, state, token_B, active_B, eos), tokens_BC, logprobs_BC
+        logits_BV = jax.sharding.reshard(logits_BV, rows)
+        drawn = _draw(logits_BV, state, eos, vocab_size, top_logprobs, rules)
+        token_B, active_B = drawn.tokens_BC, ~state.done_B
+        drawn = drawn._replace(
+            tokens_BC=jnp.where(active_B, token_B, -1),
+            logprobs_BC=jnp.where(active_B, drawn.logprobs_BC, 0.0),
+        )
+        made = jax.tree.map(lambda all_BC, new_B: all_BC.at[:, i].set(new_B), made, drawn)
+        return i + 1, _add(model, state, token_B, active_B, eos), made
 
     state = dataclasses.replace(state, done_B=state.done_B | stopped_B)
-    carry = jnp.int32(0), state, tokens_BC, tokens_BC * 0.0
-    _, state, tokens_BC, logprobs_BC = jax.lax.while_loop(unfinished, step, carry)
-    return state, tokens_BC, logprobs_BC, state.done_B.all()
+    _, state, made = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, made))
+    return state, made, state.done_B.all()
 
 
 def _draw(
-    logits_BV: jax.Array, state: State, how: Sampling, vocab_size: int, rules: Rules
-) -> tuple[jax.Array, jax.Array]:
-    """(tokens [B], their log-probabilities [B]): every device draws for its own rows."""
+    logits_BV: jax.Array,
+    state: State,
+    eos: tuple[int, ...],
+    vocab_size: int,
+    top_logprobs: int,
+    rules: Rules,
+) -> Made:
+    """One token a row, without the dim C: every device draws for its own rows."""
 
-    def local(logits_BV, keys_B, made_B, counts):
+    def local(logits_BV, keys_B, made_B, counts, packed):
         real_BV = jnp.arange(logits_BV.shape[1])[None, :] < vocab_size  # the rest is padding
         keys_B = jax.vmap(jax.random.fold_in)(keys_B, made_B)
-        token_B = sampling.sample(jnp.where(real_BV, logits_BV, -jnp.inf), keys_B, counts, how)
-        return token_B, token_logprobs(logits_BV, token_B)
+        real_logits_BV = jnp.where(real_BV, logits_BV, -jnp.inf)
+        token_B = draw.sample(real_logits_BV, keys_B, made_B, counts, packed, eos)
+        top = (None, None)
+        if top_logprobs:
+            top = logprobs.likeliest(logits_BV, vocab_size, top_logprobs)
+        return Made(token_B, logprobs.of_tokens(logits_BV, token_B), *top)
 
-    row, rows = rules("batch"), rules("batch", None)
-    counts = None if state.counts is None else Counts(rows, rows)
-    return jax.shard_map(local, in_specs=(rows, row, row, counts), out_specs=(row, row))(
-        logits_BV, state.keys_B, state.made_B, state.counts
+    row = rules("batch")
+    return jax.shard_map(local, in_specs=row, out_specs=row)(
+        logits_BV, state.keys_B, state.made_B, state.counts, state.packed
     )
-
-
-def token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Log-probability of each token [...] under its logits [..., V], float32."""
-    hit = jnp.arange(logits.shape[-1]).reshape((1,) * tokens.ndim + (-1,)) == tokens[..., None]
-    return jnp.where(hit, logits, 0.0).sum(axis=-1) - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _add(
@@ -170,14 +202,15 @@ def _add(
 ) -> State:
     """The state with one more token in each active row."""
     position_B = state.length_B + state.made_B
-    length_B = state.length_B + state.limit_B
+    limit_B = state.packed.max_tokens_B
+    length_B = state.length_B + limit_B
     prefilled = feed(model, state.prefilled, token_B, position_B, active_B, length_B)
     made_B = state.made_B + active_B
     counts = state.counts
     if counts is not None:
         hit_BV = jnp.arange(counts.output_BV.shape[1])[None, :] == token_B[:, None]
         counts = counts._replace(output_BV=counts.output_BV + (hit_BV & active_B[:, None]))
-    limited_B = made_B >= state.limit_B
+    limited_B = made_B >= limit_B
     ended_B = functools.reduce(operator.or_, (token_B == mark for mark in eos), limited_B)
     return dataclasses.replace(
         state,

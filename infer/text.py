@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,8 @@ class Prompt:
 
     text: str | None  # None when token ids were given
     tokens: np.ndarray  # int32 [T], bos included
+    where: str = ""  # what errors name
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # others of its line
 
 
 def read(path: str, field: str, tokenizer: Tokenizer | None, vocab_size: int) -> list[Prompt]:
@@ -69,7 +72,7 @@ def from_text(text: str, where: str, tokenizer: Tokenizer | None) -> Prompt:
             f"{where} is an empty text, and texts of this tokenizer begin with no mark, so the "
             "model has nothing to read: give at least one character"
         )
-    return Prompt(text, tokens)
+    return Prompt(text, tokens, where)
 
 
 def _from_json(line: str, where: str, tokenizer: Tokenizer | None, vocab_size: int) -> Prompt:
@@ -82,8 +85,14 @@ def _from_json(line: str, where: str, tokenizer: Tokenizer | None, vocab_size: i
     if "text" in row:
         if not isinstance(row["text"], str):
             raise UserError(f"{where}: text is {type(row['text']).__name__}, not a string")
-        return from_text(row["text"], where, tokenizer)
-    tokens = row["tokens"]
+        prompt = from_text(row["text"], where, tokenizer)
+    else:
+        prompt = _from_tokens(row["tokens"], where, vocab_size)
+    settings = {name: value for name, value in row.items() if name not in ("text", "tokens")}
+    return dataclasses.replace(prompt, settings=settings)
+
+
+def _from_tokens(tokens: Any, where: str, vocab_size: int) -> Prompt:
     if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
         raise UserError(f"{where}: tokens must be a list of integers")
     if not tokens:
@@ -91,7 +100,7 @@ def _from_json(line: str, where: str, tokenizer: Tokenizer | None, vocab_size: i
     wrong = [token for token in tokens if not 0 <= token < vocab_size]
     if wrong:
         raise UserError(f"{where}: token {wrong[0]} is not in the vocabulary of {vocab_size}")
-    return Prompt(None, np.array(tokens, np.int32))
+    return Prompt(None, np.array(tokens, np.int32), where)
 
 
 class Writer:

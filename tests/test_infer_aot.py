@@ -10,7 +10,7 @@ import pytest
 from core import aot, hlo, sharding, tree
 from core.sharding import MeshConfig, make_mesh
 from infer import steps
-from infer.sampling import Sampling
+from infer.sampling import Sampling, pack
 from model import cache, transformer
 from model.attention.spec import full
 
@@ -33,17 +33,18 @@ def program(name):
         now = steps.Prefilled(held, last_BD)
         row_B = jnp.zeros(1, jnp.int32, out_sharding=rules("batch"))
         keys_B = jax.vmap(jax.random.key)(row_B)
-        return now, row_B, steps.State(now, row_B, row_B, row_B, row_B > 0, keys_B, None)
+        packed = jax.tree.map(lambda x: row_B.astype(x.dtype), pack([Sampling(temperature=0)]))
+        return now, row_B, steps.State(now, row_B, row_B, row_B > 0, keys_B, packed, None)
 
     now, row_B, decoding = jax.eval_shape(state)
     if name == "extend":
         place = jax.NamedSharding(jax.sharding.get_mesh(), rules("batch", None))
         tokens_BT = jax.ShapeDtypeStruct((1, CHUNK), jnp.int32, sharding=place)
         number = jax.ShapeDtypeStruct((), jnp.int32)
-        step, args = steps.extend, (now, tokens_BT, number, row_B, number)
+        step, args = steps.extend, (now, tokens_BT, number, row_B, row_B)
     else:
-        how = dict(how=Sampling(temperature=0), eos=(), vocab_size=320)
-        step, args = functools.partial(steps.advance, **how), (decoding, decoding.done_B)
+        step = functools.partial(steps.advance, eos=(), vocab_size=320)
+        args = decoding, decoding.done_B
     lowered = jax.jit(step, donate_argnums=1).trace(model, *args)
     return lowered.lower(lowering_platforms=("tpu",)).compile(), tree.num_bytes(now.cache)
 

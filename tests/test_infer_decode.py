@@ -20,13 +20,14 @@ from data import tokenizer as tokenizers
 from infer import decode, load, text
 from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
-from infer.sampling import Sampling
+from infer.sampling import Sampling, pack
 from infer.text import Writer
 
 NEW = 13
 PROMPTS = [np.random.default_rng(n).integers(0, 320, n).astype(np.int32) for n in (1, 5, 13, 23)]
 TWO_LAYERS = cases.model_config(num_layers=2)  # one of each slot
 PENALTIES = Sampling(top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.3, presence_penalty=0.2)
+GREEDY = pack([Sampling(temperature=0, max_tokens=8)])
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +62,11 @@ def generate(
     """(tokens, log-probabilities) of each row, until its end."""
     tokenizer = SimpleNamespace(eos=eos, vocab_size=vocab_size)
     plan = Plan.of(batch or len(prompts), max(map(len, prompts)), NEW, chunk)
-    engine = Engine(model, plan, tokenizer, how)
-    state = engine.start(engine.prefill(prompts), prompts, samples[: len(prompts)], NEW, seed=3)
+    engine = Engine(model, plan, tokenizer)
+    packed = pack([dataclasses.replace(how, max_tokens=NEW, seed=3)] * len(prompts))
+    state = engine.start(engine.prefill(prompts), prompts, samples[: len(prompts)], packed)
     out = list(engine.decode(state, np.zeros(plan.batch, bool)))
-    tokens_BC, logprobs_BC = (np.concatenate(parts, axis=1) for parts in zip(*out, strict=True))
+    tokens_BC, logprobs_BC = (np.concatenate(x, axis=1) for x in list(zip(*out, strict=True))[:2])
     made = [row >= 0 for row in tokens_BC[: len(prompts)]]
     return [tokens_BC[b, m].tolist() for b, m in enumerate(made)], logprobs_BC
 
@@ -155,12 +157,12 @@ def compiled(name, sizes, length):
     """A step of the engine, compiled for one text of this length and for chunks of 32."""
     with jax.set_mesh(make_mesh(sizes)):
         model = cases.random_model(TWO_LAYERS)
-        engine = Engine(model, Plan.of(1, length, 0, 32), how=Sampling(temperature=0))
+        engine = Engine(model, Plan.of(1, length, 0, 32))
         now = engine.prefill([])  # compiles nothing but the empty cache
         if name == "extend":
-            args = now, *next(engine.chunks(PROMPTS[1:2])), np.int32(0)
+            args = now, *next(engine.chunks(PROMPTS[1:2])), engine.place(np.zeros(1, np.int32))
         else:
-            args = engine.start(now, [], [], 8, seed=0), engine.place(np.zeros(1, bool))
+            args = engine.start(now, PROMPTS[1:2], [0], GREEDY), engine.place(np.zeros(1, bool))
             model = engine.decoder
         return engine._jitted[name].lower(model, *args).compile()
 
@@ -318,9 +320,9 @@ def test_refused_rows(bundle, tmp_path, lines, message):
         (dict(prompts="config.json"), "decode.prompts=config.json: only .txt and .jsonl"),
         (dict(step=3), "step=3 is not in"),
         (dict(checkpoint="nowhere"), "nowhere is no bundle"),
-        (dict(max_tokens=64), "has 1 tokens, and with decode.max_tokens=64 that is more than"
+        (dict(max_tokens=64), "has 1 tokens, and with max_tokens=64 that is more than"
          " model.context=64: set it to 63 or less"),
-        (dict(prompt="xyzw " * 80), "model.context=64: shorten the prompt"),
+        (dict(prompt="xyzw " * 80), "model.context=64: shorten the prompt, or train"),
     ],
 )  # fmt: skip
 def test_refused_settings(bundle, monkeypatch, fields, message):
@@ -334,10 +336,10 @@ def test_refused_settings(bundle, monkeypatch, fields, message):
 def test_decoding_copies_no_cache(one_device):
     # Slots of a single layer: XLA unrolls their scans, and then would copy the whole cache.
     model = cases.random_model(TWO_LAYERS)
-    engine = Engine(model, Plan(1, 20_000, 16), how=Sampling(temperature=0))
+    engine = Engine(model, Plan(1, 20_000, 16))
     now = engine.prefill(PROMPTS[:1])
     size = tree.num_bytes(now.cache)
-    engine.advance(engine.start(now, PROMPTS[:1], [0], 8, seed=0), np.zeros(1, bool))
+    engine.advance(engine.start(now, PROMPTS[:1], [0], GREEDY), np.zeros(1, bool))
     assert engine.temporary_bytes() < size / 4
 
 
@@ -350,21 +352,3 @@ def test_weights_in_the_compute_dtype_compute_the_same(one_device):
     tokens = PROMPTS[3]
     logits_TV, cast_TV = (cases.full_logits(m, tokens) for m in (model, cast))
     np.testing.assert_array_equal(logits_TV, cast_TV)
-
-
-def test_every_sampling_field_reaches_the_engine(bundle, monkeypatch):
-    class Seen(Exception):
-        pass
-
-    def engine(model, plan, tokenizer, how):
-        raise Seen(how)
-
-    fields = dict(
-        temperature=0.3, top_k=2, top_p=0.3, min_p=0.5, frequency_penalty=2.0,
-        presence_penalty=1.0, repetition_penalty=5.0,
-    )  # fmt: skip
-    assert set(fields) == {field.name for field in dataclasses.fields(Sampling)}
-    monkeypatch.setattr(decode, "Engine", engine)
-    with pytest.raises(Seen) as seen:
-        run(bundle, **fields)
-    assert seen.value.args == (Sampling(**fields),)

@@ -6,8 +6,9 @@ import tokenizer_cases
 
 from core.config import UserError
 from data import tokenizer as tokenizers
-from infer import decode, load, text
+from infer import load, rows, text
 from infer.config import DecodeConfig
+from infer.sampling import Sampling
 
 
 def test_text_begins_with_bos_only_where_there_is_one(tmp_path):
@@ -22,13 +23,13 @@ def test_text_begins_with_bos_only_where_there_is_one(tmp_path):
         text.read(str(tmp_path / "p.txt"), "decode.prompts", gpt2, 304)
     found = load.Found(tmp_path, 0, cases.model_config(), gpt2)
     with pytest.raises(UserError, match="decode.prompt='' is an empty text"):
-        decode.read_prompts(DecodeConfig(), found)
+        rows.read_rows(DecodeConfig(), found)
 
 
 def test_the_space_after_a_prompt_is_shown(tmp_path):
     """A tokenizer that hides the space at the start of a text: Llama 2."""
     llama2 = tokenizers.load(tokenizer_cases.sentencepiece_model(tmp_path))
     prompt = text.from_text("The", "", llama2)
-    row = decode.writer(prompt, DecodeConfig(stop=("dog",)), llama2)
+    row = rows.writer(prompt, Sampling(stop=("dog",)), llama2)
     new = llama2.encode("The fox dog")[len(prompt.tokens) - 1 :].tolist()
     assert "".join(map(row.push, new)) + row.flush() == " fox "

@@ -61,6 +61,7 @@ def small_blocks():
 HOW = dict(deadline=None, derandomize=True, database=None)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, **HOW)
 @given(run=runs())
 def test_any_shape_equals_one_device(run):

@@ -234,10 +234,8 @@ def test_prefill_and_decode_equal_the_full_forward(config, sizes, sizes_kept):
         assert [slot.positions_BS.shape[1] for slot in held.slots] == sizes_kept
 
 
-@pytest.mark.parametrize(
-    ("sizes", "strategy"),
-    [((1, 4, 1), "ring"), pytest.param((2, 2, 2), "ulysses", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("sizes", "strategy"), [((1, 4, 1), "ring"), ((2, 2, 2), "ulysses")])
 def test_dealt_chunks_that_choose_equal_the_full_forward(sizes, strategy):
     """The tokens of a chunk are on the shards that keep them; blocks lie on all shards."""
     with jax.set_mesh(make_mesh(ONE)):
@@ -255,7 +253,13 @@ def test_dealt_chunks_that_choose_equal_the_full_forward(sizes, strategy):
     assert_close(np.concatenate(parts, axis=1), expected, "model")
 
 
-@pytest.mark.parametrize("config", [CONFIG, CHOOSING], ids=["near and far", "choosing"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(CONFIG, id="near and far"),
+        pytest.param(CHOOSING, id="choosing", marks=pytest.mark.slow),
+    ],
+)
 def test_ragged_rows_decode_as_each_alone(one_device, config):
     """Prompts of 1 to 8 tokens side by side, padded; then each row goes on where it stands."""
     model, (tokens, positions, segments) = create(config, sharding.whole()), batch()

@@ -62,13 +62,6 @@ HOW = dict(deadline=None, derandomize=True, database=None)
 
 
 @pytest.mark.slow
-@settings(max_examples=8, **HOW)
-@given(run=runs())
-def test_any_shape_equals_one_device(run):
-    assert_equal_to_one_device(run)
-
-
-@pytest.mark.slow
 @settings(max_examples=40, **HOW)
 @given(run=runs())
 def test_many_shapes_equal_one_device(run):

@@ -75,7 +75,7 @@ class Engine:
             "empty": jax.jit(self._empty),
             "keys": jax.jit(_keys),
             "extend": jax.jit(steps.extend, donate_argnums=1),
-            "extend_and_score": jax.jit(steps.extend_and_score, donate_argnums=1),
+            "extend_and_score": jax.jit(steps.extend, donate_argnums=1),
             "advance": jax.jit(functools.partial(steps.advance, **static), donate_argnums=1),
         }
         self._compiled = {}
@@ -121,7 +121,7 @@ class Engine:
         """
         now, new_B = self.empty() if now is None else now, self._new(new)
         for chunk in self.chunks(rows, first):
-            now = self._run("extend", self.model, now, *chunk, new_B)
+            now, _ = self._run("extend", self.model, now, *chunk, new_B)
         return now
 
     def score(

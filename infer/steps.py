@@ -63,40 +63,13 @@ def extend(
     start: jax.Array,
     length_B: jax.Array,
     new_B: jax.Array,
-) -> Prefilled:
+    targets_BT: jax.Array | None = None,
+) -> tuple[Prefilled, jax.Array | None]:
     """One prefill step: tokens start..start+T-1 of each row, of which `length_B` are real.
 
-    Up to `new_B` tokens will follow these.
-    """
-    return _extend(model, now, tokens_BT, start, length_B, new_B)[0]
-
-
-def extend_and_score(
-    model: Transformer,
-    now: Prefilled,
-    tokens_BT: jax.Array,
-    start: jax.Array,
-    length_B: jax.Array,
-    new_B: jax.Array,
-    targets_BT: jax.Array,
-) -> tuple[Prefilled, jax.Array]:
-    """`extend`, and the log-probability [B, T] of each target after its token."""
-    now, hidden_BTD = _extend(model, now, tokens_BT, start, length_B, new_B)
-    return now, logprobs.of_chunk(model, hidden_BTD, targets_BT, start)
-
-
-def _extend(
-    model: Transformer,
-    now: Prefilled,
-    tokens_BT: jax.Array,
-    start: jax.Array,
-    length_B: jax.Array,
-    new_B: jax.Array,
-) -> tuple[Prefilled, jax.Array]:
-    """(what comes after the chunk, its hidden [B, T, D]).
-
-    Where the length is sharded the chunk is dealt to the shards: `cache.collect` puts in order
-    what comes of it.
+    Up to `new_B` tokens will follow these. Beside what comes after the chunk: the log-probability
+    [B, T] of each target after its token, if any are given. Where the length is sharded the chunk
+    is dealt to the shards: `cache.collect` puts in order what comes of it.
     """
     at_BT = tokens_BT * 0 + (start + jnp.arange(tokens_BT.shape[1]))[None, :]
     tokens_BT, at_BT = (cache.deal(x_BT, start, model.rules) for x_BT in (tokens_BT, at_BT))
@@ -108,7 +81,10 @@ def _extend(
         out_sharding=model.rules("batch", None),
     )  # fmt: skip
     here_B1 = is_last_BT.any(axis=1)[:, None]
-    return Prefilled(kv, jnp.where(here_B1, last_BD, now.last_BD)), hidden_BTD
+    after = Prefilled(kv, jnp.where(here_B1, last_BD, now.last_BD))
+    if targets_BT is None:
+        return after, None
+    return after, logprobs.of_chunk(model, hidden_BTD, targets_BT, start)
 
 
 def feed(

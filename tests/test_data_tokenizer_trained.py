@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tokenizer_cases
 from tokenizer_cases import TEXTS, random_texts
 
 from core.config import UserError
@@ -10,26 +11,15 @@ from data import tokenizer_trained as trained
 from data.sample import UNIT, Sample
 
 ALPHABET = "ab Th1 \t\n\r\0\x10\u258101\u00e9\u4f60\U0001f600\ufeff\ufffd<s>"
-HARD = [
-    "",
-    " ",
-    "   \t ",
-    "\n",
-    "\r\n\r\n",
-    "\0",
-    "a\0b",
-    "\ufeffwith a mark",
+OWN = [  # what this kind escapes, or could take for its own marks
     "\u2581",
     " \u2581 \u2581\u2581",
     "\x10",
     "\x10\x10",
     "\x100\x101\x10\u2581",
-    "\u2028\u2029\x0b\x0c\x85",
-    "\ufffd",
-    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f600",
     "<0x41><s></s><pad><unk>",
-    "e\u0301 \ufb01 \uff12",
 ]
+HARD = [*tokenizer_cases.HARD, *OWN]
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +27,9 @@ def model(tmp_path_factory):
     return trained.train(TEXTS, 340, tmp_path_factory.mktemp("tokenizer"))
 
 
-@pytest.mark.parametrize("text", HARD + TEXTS)
-def test_round_trip(model, text):
-    ids = model.encode(text)
-    assert ids.dtype == np.int32 and ids.ndim == 1
-    assert model.decode(ids) == text
+@pytest.mark.parametrize("text", OWN)
+def test_round_trip_of_what_is_escaped(model, text):
+    assert model.decode(model.encode(text)) == text
 
 
 def test_round_trip_of_random_text(model):

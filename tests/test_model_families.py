@@ -178,33 +178,47 @@ def test_tensors_hold_each_parameter_once(name, one_device):
         assert layers == (list(range(leaves[param].shape[0])) if stacked else [None])
 
 
-def refused(found, *wanted):
+REFUSED = [  # a published file, what is changed in it, and what the message names
+    (
+        "llama-3.1-8b",
+        dict(model_type="mamba"),
+        ["model_type='mamba'", *families.FAMILIES, "gemma3"],
+    ),
+    ("llama-3.1-8b", dict(model_type=None), ["model_type=None"]),
+    ("llama-3.1-8b", dict(quantization_config={"bits": 4}), ["quantization_config={'bits': 4}"]),
+    ("llama-3.1-8b", dict(hidden_act="swish2"), ["hidden_act='swish2'", "'silu'"]),
+    ("llama-3.1-8b", dict(partial_rotary_factor=0.5), ["partial_rotary_factor=0.5"]),
+    ("llama-3.1-8b", dict(hidden_size=None), ["model_type='llama' is damaged"]),
+    ("llama-3.1-8b", dict(vocab_size="many"), ["vocab_size='many'"]),
+    ("llama-3.1-8b", dict(num_attention_heads=30), ["num_heads=30", "num_kv_heads=8"]),
+    (
+        "llama-3.1-8b",
+        dict(rope_scaling={"rope_type": "spiral", "factor": 2.0}),
+        ["rope_type='spiral'"],
+    ),
+    (
+        "llama-3.1-8b",
+        dict(rope_scaling={"rope_type": "linear", "factor": 2.0, "speed": 3}),
+        ["speed=3", "rope_type='linear'"],
+    ),
+    ("llama-3.1-8b", dict(rope_scaling={"type": "yarn"}), ["no factor"]),
+    ("llama-3.1-8b", dict(rope_scaling={"type": "llama3", "factor": 8.0}), ["has no original_max"]),
+    ("gpt2-124m", dict(scale_attn_by_inverse_layer_idx=True), ["scale_attn_by_inverse_layer_idx"]),
+    ("gemma-2-27b", dict(use_bidirectional_attention=True), ["use_bidirectional_attention"]),
+    (
+        "qwen-2.5-7b",
+        dict(layer_types=["full_attention", "chunked_attention"] * 14),
+        ["'chunked_attention'", "full_attention"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "named"), REFUSED, ids=str)
+def test_unknown_families_and_attributes_are_refused_by_name(name, changes, named):
     with pytest.raises(UserError) as caught:
-        families.read(found)
-    for text in wanted:
+        families.read({**json_of(name), **changes})
+    for text in named:
         assert text in str(caught.value)
-
-
-def test_unknown_families_and_attributes_are_refused_by_name():
-    llama = json_of("llama-3.1-8b")
-    refused({"model_type": "mamba"}, "model_type='mamba'", "gpt2", "llama", "falcon", "gemma3")
-    refused({}, "model_type=None")
-    refused({**llama, "quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}")
-    refused({**llama, "hidden_act": "swish2"}, "hidden_act='swish2'", "'silu'")
-    refused({**json_of("gpt2-124m"), "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by")
-    scaling = {"rope_type": "spiral", "factor": 2.0}
-    refused({**llama, "rope_scaling": scaling}, "rope_type='spiral'")
-    scaling = {"rope_type": "linear", "factor": 2.0, "speed": 3}
-    refused({**llama, "rope_scaling": scaling}, "speed=3", "rope_type='linear'")
-    refused({**llama, "rope_scaling": {"type": "yarn"}}, "no factor")
-    refused({**llama, "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5")
-    refused({**json_of("gemma-2-27b"), "use_bidirectional_attention": True}, "use_bidirectional")
-    refused({**llama, "rope_scaling": {"type": "llama3", "factor": 8.0}}, "has no original_max")
-    refused({**llama, "hidden_size": None}, "model_type='llama' is damaged")
-    refused({**llama, "vocab_size": "many"}, "vocab_size='many'")
-    layers = {"layer_types": ["full_attention", "chunked_attention"] * 14}
-    refused({**json_of("qwen-2.5-7b"), **layers}, "'chunked_attention'", "full_attention")
-    refused({**llama, "num_attention_heads": 30}, "num_heads=30", "num_kv_heads=8")
 
 
 def test_a_model_that_no_family_can_say_is_refused():

@@ -5,8 +5,9 @@
     families.write(config)      a config.json
     families.PRESETS["llama-3.1-8b"]
 
-A family here is one module with DEFAULTS, ARCHITECTURES (of each model_type), read, write,
-tensors, PRESETS. It can say a config if what it writes reads back as the same config.
+A family here is one module with DEFAULTS, ARCHITECTURES (of each model_type), read, write and
+tensors, and PRESETS where sizes are published. It can say a config if what it writes reads back as
+the same config.
 """
 
 import dataclasses

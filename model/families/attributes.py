@@ -47,6 +47,13 @@ IDLE = {
     "use_cache",
 }
 
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def spelled(choices: Mapping[Any, Any], value: Any) -> Any:
+    """The first attribute value that `choices` takes for `value`; itself if none does."""
+    return next((theirs for theirs, ours in choices.items() if ours == value), value)
+
 
 class Attributes:
     """The attributes of a model, those left out at the published default of its class."""

@@ -7,7 +7,7 @@ import numpy as np
 from model.attention.spec import full
 from model.config import ModelConfig
 from model.families import decoder, rope_json, tensor
-from model.families.attributes import Attributes
+from model.families.attributes import ACTIVATIONS, Attributes, spelled
 from model.families.gpt2 import final_norm, norm
 from model.families.tensor import Layout, Tensor
 
@@ -44,7 +44,6 @@ SIZES = {
     "initializer_range": "init_scale",
     "tie_word_embeddings": "tied_head",
 }
-ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
 NORMS = {  # of a block
     "sequential": {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"},
     "parallel": {"input_layernorm": "attention_norm"},
@@ -89,7 +88,6 @@ def write(model_type: str, config: ModelConfig) -> dict[str, Any]:
     N, K = config.num_heads, config.num_kv_heads
     grouped = config.block == "parallel_norms" or (config.block == "parallel" and 1 < K < N)
     found = {name: getattr(config, field) for name, field in SIZES.items()}
-    activation = {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation)
     found |= dict(
         max_position_embeddings=config.context,
         ffn_hidden_size=config.mlp_dim,
@@ -100,7 +98,7 @@ def write(model_type: str, config: ModelConfig) -> dict[str, Any]:
         parallel_attn=config.block != "sequential",
         bias="qkv" in config.bias,
         alibi=config.pattern[0].alibi > 0,
-        activation=activation,
+        activation=spelled(ACTIVATIONS, config.activation),
     )
     return found | rope_json.write(config.pattern[0].rope)
 

@@ -5,7 +5,7 @@ from typing import Any
 from model.attention.spec import AttentionSpec, full, sliding
 from model.config import ModelConfig
 from model.families import decoder, rope_json
-from model.families.attributes import Attributes
+from model.families.attributes import ACTIVATIONS, Attributes, spelled
 from model.families.tensor import Tensor
 from model.rope import Rope
 
@@ -62,7 +62,6 @@ ARCHITECTURES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
-ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu"}
 NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
 SANDWICH_NORMS = {
     "input_layernorm": "attention_norm",
@@ -128,8 +127,7 @@ def _ropes(a: Attributes, context: int) -> tuple[Rope, Rope]:
 
 def write(model_type: str, config: ModelConfig) -> dict[str, Any]:
     """A config.json; `families.write` sees to it that it says all of `config`."""
-    names = {ours: name for name, ours in ACTIVATIONS.items()}
-    activation = names.get(config.activation, config.activation)
+    activation = spelled(ACTIVATIONS, config.activation)
     found = decoder.write_sizes(config) | {"attention_bias": bool(config.bias)}
     found |= {"hidden_activation": activation}
     if model_type == "gemma":

@@ -11,7 +11,7 @@ from core.config import UserError
 from model.attention.spec import AttentionSpec, full, sliding
 from model.config import ModelConfig
 from model.families import decoder, gemma, rope_json
-from model.families.attributes import Attributes
+from model.families.attributes import ACTIVATIONS, Attributes, spelled
 from model.families.tensor import Tensor
 
 DEFAULTS = {
@@ -46,7 +46,6 @@ ROPES = {
         "rope_theta": 1_000_000.0,
     },
 }
-PRESETS: dict[str, ModelConfig] = {}  # no size is published in a paper yet
 
 
 def read(model_type: str, found: dict[str, Any]) -> ModelConfig:
@@ -73,7 +72,7 @@ def read(model_type: str, found: dict[str, Any]) -> ModelConfig:
         **fields,
         pattern=decoder.pattern(types, specs),
         block="sandwich",
-        activation=a.choice("hidden_activation", gemma.ACTIVATIONS),
+        activation=a.choice("hidden_activation", ACTIVATIONS),
         bias=("qkv", "out") if a["attention_bias"] else (),
         qk_norm=True,
         value_norm=True,
@@ -105,14 +104,13 @@ def _wide(a: Attributes, types: list[str], fields: Mapping[str, Any]) -> tuple[i
 
 def write(model_type: str, config: ModelConfig) -> dict[str, Any]:
     """A config.json; `families.write` sees to it that it says all of `config`."""
-    names = {ours: name for name, ours in gemma.ACTIVATIONS.items()}
     of = {spec.kind: spec for spec in config.pattern}
     near, far = of.get("sliding", config.pattern[0]), of.get("full", config.pattern[-1])
     types = decoder.layer_types(config)
     K, H = config.kv_shape(far)
     wide = {"num_key_value_heads": K, "head_dim": H}
     return decoder.write_sizes(config) | dict(
-        hidden_activation=names.get(config.activation, config.activation),
+        hidden_activation=spelled(ACTIVATIONS, config.activation),
         attention_bias=bool(config.bias),
         sliding_window=near.window,
         layer_types=types,

@@ -7,7 +7,7 @@ import numpy as np
 from model.attention.spec import full
 from model.config import ModelConfig
 from model.families import decoder, tensor
-from model.families.attributes import Attributes
+from model.families.attributes import ACTIVATIONS, Attributes, spelled
 from model.families.tensor import Layout, Tensor
 
 DEFAULTS = {
@@ -39,12 +39,7 @@ SIZES = {
     "initializer_range": "init_scale",
     "tie_word_embeddings": "tied_head",
 }
-ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu": "gelu",
-    "silu": "silu",
-}
+NAMES = {"gelu_new": "gelu_tanh", **ACTIVATIONS}
 # Of every GPT-2; the rest is sizes.
 STYLE = dict(
     pattern=(full(rope=None),),
@@ -69,13 +64,13 @@ def read(model_type: str, found: dict[str, Any]) -> ModelConfig:
         num_kv_heads=N,
         head_dim=D // N,
         mlp_dim=a["n_inner"] or 4 * D,
-        activation=a.choice("activation_function", ACTIVATIONS),
+        activation=a.choice("activation_function", NAMES),
     )
 
 
 def write(model_type: str, config: ModelConfig) -> dict[str, Any]:
     """A config.json; `families.write` sees to it that it says all of `config`."""
-    activation = {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation)
+    activation = spelled(NAMES, config.activation)
     sizes = {name: getattr(config, field) for name, field in SIZES.items()}
     return {**sizes, "n_inner": config.mlp_dim, "activation_function": activation}
 

@@ -8,7 +8,7 @@ from typing import Any
 from model.attention.spec import full, sliding
 from model.config import ModelConfig
 from model.families import decoder, rope_json
-from model.families.attributes import Attributes
+from model.families.attributes import ACTIVATIONS, Attributes, spelled
 from model.families.tensor import Tensor
 from model.rope import Rope
 
@@ -77,7 +77,7 @@ def read(model_type: str, found: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         **fields,
         pattern=decoder.pattern(types, specs),
-        activation=a.choice("hidden_act", {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}),
+        activation=a.choice("hidden_act", ACTIVATIONS),
         bias=biased,
         qk_norm=model_type == "qwen3",
     )
@@ -93,9 +93,7 @@ def _qwen_layers(a: Attributes, num_layers: int) -> list[str]:
 def write(model_type: str, config: ModelConfig) -> dict[str, Any]:
     """A config.json; `families.write` sees to it that it says all of `config`."""
     found = decoder.write_sizes(config)
-    found |= {
-        "hidden_act": {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation)
-    }
+    found["hidden_act"] = spelled(ACTIVATIONS, config.activation)
     found |= rope_json.write(config.pattern[0].rope)
     window = decoder.window(config)
     if model_type == "mistral":

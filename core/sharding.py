@@ -197,3 +197,9 @@ def whole() -> Rules:
     """Everything on every device."""
     axes = {f.name: None for f in dataclasses.fields(Rules) if f.name not in CHOICES}
     return Rules(**axes, strategy="local")
+
+
+def device_kind() -> str:
+    """Of the mesh in use, which under train.aot is not that of this machine."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else "a mesh without devices"

@@ -16,6 +16,7 @@ from core.config import UserError
 from core.sharding import Rules, prefilling
 from data import tokenizer as tokenizers
 from data.tokenizer_base import Tokenizer
+from infer import layout
 from model import transformer
 from model.config import ModelConfig
 from model.transformer import Transformer
@@ -48,12 +49,15 @@ def find(path: str | Path, step: int | None = None) -> Found:
 
 
 def restore(found: Found, rules: Rules) -> Transformer:
-    """The weights in the compute dtype, placed by `rules` on the mesh in use."""
+    """The weights in the compute dtype, placed by `rules` on the mesh in use for decoding."""
     bundle = Bundle(found.path)
     try:
         abstract = transformer.abstract(found.config, rules)
         abstract = in_compute_dtype(abstract, found.config)
-        return bundle.restore(found.step, model=abstract)["model"]
+        model = bundle.restore(found.step, model=abstract).pop("model")
+        weights = tree.named_leaves(model)
+        del model
+        return layout.place(found.config, rules, weights)
     finally:
         bundle.close()
 

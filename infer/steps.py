@@ -131,7 +131,7 @@ def advance(
 
     def step(carry):
         i, state, made = carry
-        logits_BV = model.logits(state.prefilled.last_BD[:, None])[:, 0]
+        logits_BV = model.logits(state.prefilled.last_BD)
         logits_BV = jax.sharding.reshard(logits_BV, rows)
         drawn = _draw(logits_BV, state, eos, vocab_size, top_logprobs, rules)
         token_B, active_B = drawn.tokens_BC, ~state.done_B

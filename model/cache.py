@@ -14,7 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from core.sharding import Rules
+from core.sharding import Rules, device_kind
 from model.attention.decode import New, Shard, Stored
 from model.attention.spec import AttentionSpec, Where
 from model.config import ModelConfig
@@ -52,7 +52,7 @@ class Slot:
             L, _, K, _, _ = x_LBKSH.shape
             layer, row, _, head = jnp.ogrid[:L, :B, :1, :K]
             place = layer, row, head, index_BT[None, :, :, None]
-            return x_LBKSH.at[place].set(new_LBTKH, mode="drop")
+            return x_LBKSH.at[place].set(new_LBTKH.astype(x_LBKSH.dtype), mode="drop")
 
         place = jnp.arange(B)[:, None], index_BT
         positions_BS = self.positions_BS.at[place].set(at.positions_BT, mode="drop")
@@ -177,9 +177,14 @@ def kv_bytes(config: ModelConfig, batch: int, length: int, rules: Rules) -> int:
 
 
 def create(config: ModelConfig, batch: int, length: int, rules: Rules) -> KVCache:
-    """An empty cache for `batch` rows of up to `length` tokens, in the compute dtype."""
+    """An empty cache for `batch` rows of up to `length` tokens.
+
+    In the compute dtype, but on CPUs in float32: XLA multiplies that where it lies, and widens
+    the whole of what is narrower for each token (docs/performance.md).
+    """
     kv = rules(None, "batch", "act_kv_heads", "kv_length", None)
-    shards, dtype = rules.size("kv_length"), config.compute_dtype
+    shards = rules.size("kv_length")
+    dtype = jnp.float32 if device_kind() == "cpu" else config.compute_dtype
 
     def slot(layers: int, sinks: int, size: int, K: int, widths: tuple[int, int], dtype) -> Slot:
         size *= shards

@@ -1,11 +1,14 @@
 """Products of activations and weights, with gradients in the layout that they are wanted in."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
+
+from core.sharding import device_kind
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -18,25 +21,49 @@ def project(
     and kept in w's own dtype. JAX's rule for it is a product of the output's gradient and x,
     transposed; on a CPU that costs twice the product itself (docs/performance.md).
     """
-    return jnp.einsum(subscripts, x, w.astype(x.dtype), out_sharding=out_sharding)
+    return product(subscripts, x, w.astype(x.dtype), out_sharding=out_sharding)
+
+
+def product(
+    subscripts: str,
+    x: jax.Array,
+    y: jax.Array,
+    dtype: jax.typing.DTypeLike | None = None,
+    out_sharding: PartitionSpec | None = None,
+) -> jax.Array:
+    """einsum of two arrays whose result has the other dims of x, then those of y.
+
+    jnp.einsum contracts dims in the order of their names, for which XLA may transpose a weight.
+    On CPUs bfloat16 is multiplied in place only by a matrix and into float32; all else is done on
+    copies in float32, weights and all: a single row gets a second one.
+    """
+    dtype = x.dtype if dtype is None else dtype
+    x_dims, y_dims = subscripts.partition("->")[0].split(",")
+    shared = [name for name in x_dims if name in y_dims]
+    dims = tuple(tuple(map(names.index, shared)) for names in (x_dims, y_dims))
+    narrow = x.dtype == jnp.bfloat16 and device_kind() == "cpu"
+    rows = math.prod(n for name, n in zip(x_dims, x.shape, strict=True) if name not in shared)
+    is_single = narrow and rows == 1 and x_dims[0] not in shared
+    out = jax.lax.dot_general(
+        jnp.concatenate([x, x]) if is_single else x, y, (dims, ((), ())),
+        preferred_element_type=jnp.float32 if narrow else dtype,
+        out_sharding=out_sharding,
+    ).astype(dtype)  # fmt: skip
+    return out[:1] if is_single else out
 
 
 def _forward(subscripts, x, w, out_sharding):
     # Not `project`: inside another custom rule, remat="dots" would not see the product to keep.
-    return jnp.einsum(subscripts, x, w.astype(x.dtype), out_sharding=out_sharding), (x, w)
+    return product(subscripts, x, w.astype(x.dtype), out_sharding=out_sharding), (x, w)
 
 
 def _backward(subscripts, out_sharding, saved, dy):
     x, w = saved
     operands, y_dims = subscripts.split("->")
     x_dims, w_dims = operands.split(",")
-    dx = jnp.einsum(
-        f"{y_dims},{w_dims}->{x_dims}", dy, w.astype(x.dtype), out_sharding=jax.typeof(x).sharding
-    )
-    dw = jnp.einsum(
-        f"{x_dims},{y_dims}->{w_dims}", x, dy,
-        preferred_element_type=w.dtype, out_sharding=jax.typeof(w).sharding,
-    )  # fmt: skip
+    to_x, to_w = f"{y_dims},{w_dims}->{x_dims}", f"{x_dims},{y_dims}->{w_dims}"
+    dx = product(to_x, dy, w.astype(x.dtype), out_sharding=jax.typeof(x).sharding)
+    dw = product(to_w, x, dy, w.dtype, out_sharding=jax.typeof(w).sharding)
     return dx, dw
 
 

@@ -6,7 +6,8 @@ logits_BTV = model.logits(hidden_BTD)
 """
 
 import itertools
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from model.attention.spec import Where
 from model.block import Block, Norm
 from model.cache import KVCache
 from model.config import ModelConfig
+from model.linear import product
 from model.parameters import Maker
 
 Remat = Literal["none", "dots", "attention", "offload", "full"]
@@ -104,7 +106,7 @@ class Transformer(nnx.Module):
 
             if remat != "none":
                 group = jax.checkpoint(group, policy=REMAT_POLICIES[remat], prevent_cse=False)
-            x_BTD, kvs = jax.lax.scan(group, x_BTD, (blocks, jnp.arange(layers)))
+            x_BTD, kvs = _scan(group, x_BTD, blocks, layers)
             new, slot = new + (kvs or []), slot + len(blocks)
         hidden_BTD = self.final_norm(x_BTD)
         if cache is None:
@@ -123,7 +125,10 @@ class Transformer(nnx.Module):
             # FSDP: the table is gathered before use; looking up in a table that is sharded on
             # both dims makes XLA replicate the result first.
             table = jax.sharding.reshard(table[...], self.rules(rows, None))
-            return table.at[index_BT].get(out_sharding=place).astype(dtype)
+            rows_BTD = table.at[index_BT].get(out_sharding=place)
+            if table.dtype == jnp.uint16:  # bits of bfloat16: see infer.layout
+                return jax.lax.bitcast_convert_type(rows_BTD, jnp.bfloat16)
+            return rows_BTD.astype(dtype)
 
         x_BTD = look_up(self.embedding_VD, "vocab", tokens_BT)
         if self.config.embed_scale != 1:  # rounded as the table is: Gemma was trained so
@@ -138,13 +143,21 @@ class Transformer(nnx.Module):
         table_VD = table[...].astype(self.config.compute_dtype)
         return jax.sharding.reshard(table_VD, self.rules("vocab", None))
 
-    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Float32 logits [B, T, V]."""
-        logits_BTV = jnp.einsum(
-            "BTD,VD->BTV", hidden_BTD, self.head(), preferred_element_type=jnp.float32
-        )
+    def logits(self, hidden_D: jax.Array) -> jax.Array:
+        """Float32 logits [..., V] of hidden [..., D]."""
+        dims = "BTD"[-hidden_D.ndim :]
+        logits_V = product(f"{dims},VD->{dims[:-1]}V", hidden_D, self.head(), jnp.float32)
         cap = self.config.logit_softcap
-        return cap * jnp.tanh(logits_BTV / cap) if cap else logits_BTV
+        return cap * jnp.tanh(logits_V / cap) if cap else logits_V
+
+
+def _scan(group: Callable, x_BTD: jax.Array, blocks: Any, layers: int) -> tuple[jax.Array, Any]:
+    """lax.scan over the layers; what is a single one is no loop, in which XLA would copy it."""
+    if layers > 1:
+        return jax.lax.scan(group, x_BTD, (blocks, jnp.arange(layers)))
+    only = jax.tree.map(lambda x_1: x_1[0], blocks), jnp.int32(0)
+    x_BTD, kvs = group(x_BTD, only)
+    return x_BTD, jax.tree.map(lambda x: x[None], kvs)
 
 
 def check_mesh(config: ModelConfig, rules: Rules) -> None:

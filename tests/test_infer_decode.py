@@ -177,7 +177,8 @@ def test_a_device_holds_its_share_of_the_cache(name, sizes):
     _, seq, model = sizes
     share = 4096 // seq * (2 * 2 * 8 // model + 1) * 4  # K and V of the full layer, positions
     assert long.argument_size_in_bytes - short.argument_size_in_bytes == share
-    assert long.temp_size_in_bytes - short.temp_size_in_bytes < share / 8
+    # Less than K or V: of a single query the scores of all keys are there at a time.
+    assert long.temp_size_in_bytes - short.temp_size_in_bytes < share / 4
 
 
 @pytest.mark.parametrize(("name", "sizes"), STEPS)

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from core.sharding import Rules
+from core.sharding import Rules, device_kind
 from model.attention import blocks
 from model.attention.blocks import Pair
 from model.attention.spec import Heads, Where
 
 BLOCK = 512  # keys a step: scores of one query and 32 heads stay in cache
+FEW = 8  # queries at a time, for which the scores of all keys fit beside these
 
 
 class Stored(NamedTuple):
@@ -71,10 +72,25 @@ def forward(
     pair: Pair,
 ) -> tuple[jax.Array, jax.Array]:
     """(out [B, T, N, H] float32, lse [B, T, N] float32) over the stored keys alone."""
+    T, S = q_BTNH.shape[1], cache.k_LBKSH.shape[3]
+    if device_kind() != "cpu" or T > FEW or S <= BLOCK:
+        return _walk(q_BTNH, cache, heads, q_at, pair, min(BLOCK, S))
+    # XLA's CPU backend copies a block before it multiplies it, but not the whole of an array.
+    see = functools.partial(_walk, q_BTNH, cache, heads, q_at, pair)
+    mostly_live = 2 * cache.live_B.max() > S
+    return jax.lax.cond(mostly_live, lambda: see(S), lambda: see(BLOCK))
+
+
+def _walk(
+    q_BTNH: jax.Array, cache: Stored, heads: Heads, q_at: Where, pair: Pair, block: int
+) -> tuple[jax.Array, jax.Array]:
+    """`forward`, so many keys at a time."""
     B, T, N, H = q_BTNH.shape
     _, _, K, S, _ = cache.k_LBKSH.shape
-    block = min(BLOCK, S)
-    q_BKGTH = jnp.moveaxis((q_BTNH * pair.scale).reshape(B, T, K, N // K, H), 1, 3)
+    G = N // K
+    q_BKGTH = jnp.moveaxis((q_BTNH * pair.scale).reshape(B, T, K, G, H), 1, 3)
+    # One free dim: with two XLA would transpose the keys.
+    q_BKMH = q_BKGTH.reshape(B, K, G * T, H).astype(cache.k_LBKSH.dtype)
 
     def step(i, carry):
         out_BKGTH, max_BKGT, sum_BKGT = carry
@@ -82,14 +98,13 @@ def forward(
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
         k_BKCH, v_BKCH = (_layer_block(x, cache.layer, start, block) for x in cache[:2])
         at_BC = cut(cache.positions_BS, axis=1)
-        s_BKGTC = jnp.einsum(
-            "BKGTH,BKCH->BKGTC", q_BKGTH, k_BKCH, preferred_element_type=jnp.float32
-        )
+        s_BKMC = jnp.einsum("BKMH,BKCH->BKMC", q_BKMH, k_BKCH, preferred_element_type=jnp.float32)
+        s_BKGTC = s_BKMC.reshape(B, K, G, T, block)
         if pair.softcap:
             s_BKGTC = pair.softcap * jnp.tanh(s_BKGTC / pair.softcap)
         if heads.slope_N is not None:
             ahead_BTC = at_BC[:, None, :] - q_at.positions_BT[:, :, None]
-            slope_KG11 = heads.slope_N.reshape(K, N // K, 1, 1)
+            slope_KG11 = heads.slope_N.reshape(K, G, 1, 1)
             s_BKGTC = s_BKGTC + slope_KG11[None] * ahead_BTC[:, None, None]
         fresh_C = start + jnp.arange(block) >= i * block
         seen_BTC = fresh_C[None, None, :] & pair.mask.allowed(
@@ -103,18 +118,21 @@ def forward(
         safe_BKGT = jnp.where(jnp.isneginf(new_max_BKGT), 0.0, new_max_BKGT)
         p_BKGTC = jnp.exp(s_BKGTC - safe_BKGT[..., None])
         fade_BKGT = jnp.exp(max_BKGT - safe_BKGT)
-        added_BKGTH = jnp.einsum(
-            "BKGTC,BKCH->BKGTH", p_BKGTC.astype(v_BKCH.dtype), v_BKCH,
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
-        out_BKGTH = out_BKGTH * fade_BKGT[..., None] + added_BKGTH
+        p_BKMC = p_BKGTC.reshape(B, K, G * T, block).astype(v_BKCH.dtype)
+        added_BKMH = jnp.einsum(
+            "BKMC,BKCH->BKMH", p_BKMC, v_BKCH, preferred_element_type=jnp.float32
+        )
+        out_BKGTH = out_BKGTH * fade_BKGT[..., None] + added_BKMH.reshape(B, K, G, T, H)
         return out_BKGTH, new_max_BKGT, sum_BKGT * fade_BKGT + p_BKGTC.sum(axis=-1)
 
     fresh = functools.partial(blocks.fresh, (q_BTNH, *cache[:3], q_at))
     rows = q_BKGTH.shape[:-1]
     empty = fresh(q_BKGTH.shape, 0.0), fresh(rows, -jnp.inf), fresh(rows, 0.0)
-    num_blocks = (jnp.minimum(cache.live_B.max(), S) + block - 1) // block
-    out_BKGTH, max_BKGT, sum_BKGT = jax.lax.fori_loop(0, num_blocks, step, empty)
+    if block == S:
+        out_BKGTH, max_BKGT, sum_BKGT = step(0, empty)
+    else:
+        num_blocks = (jnp.minimum(cache.live_B.max(), S) + block - 1) // block
+        out_BKGTH, max_BKGT, sum_BKGT = jax.lax.fori_loop(0, num_blocks, step, empty)
     nothing_BKGT = sum_BKGT == 0
     out_BKGTH /= jnp.where(nothing_BKGT, 1.0, sum_BKGT)[..., None]
     lse_BKGT = max_BKGT + jnp.log(sum_BKGT)

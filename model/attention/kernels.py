@@ -4,10 +4,9 @@ import functools
 import logging
 from types import ModuleType
 
-import jax
-
 from core import hardware
 from core.config import UserError
+from core.sharding import device_kind
 from model.attention import chunked, gpu, reference, splash
 
 log = logging.getLogger("cakrawala")
@@ -48,12 +47,6 @@ def _best(kind: str, tokens: int) -> tuple[str, str]:
             return "gpu", ", for which it was compiled (docs/gpu.md), though never run on one"
         return "chunked", ": gpu was compiled for compute capability 8.0 and 9.0, which it may lack"
     return "chunked", ""
-
-
-def device_kind() -> str:
-    """Of the mesh in use, which under train.aot is not that of this machine."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.device_kind if device else "a mesh without devices"
 
 
 @functools.cache

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from core.sharding import device_kind
 from model.attention import blocks
 from model.attention.blocks import Pair
-from model.attention.kernels import device_kind
 from model.attention.local import SAVED
 from model.attention.spec import Where
 

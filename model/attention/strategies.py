@@ -14,10 +14,10 @@ import numpy as np
 
 from core import hardware, layout
 from core.config import Unsupported
-from core.sharding import Rules
+from core.sharding import Rules, device_kind
 from model.attention import cost, gather, local, ring, splash, ulysses
 from model.attention.blocks import Pair, Part
-from model.attention.kernels import device_kind, kernel_of, log_once
+from model.attention.kernels import kernel_of, log_once
 from model.attention.pairs import Pairs
 from model.attention.picked import Picked
 from model.attention.picked_tpu import PickedTpu

@@ -1,4 +1,4 @@
-"""Worker of bench.decode: our decode loop at a depth, on a cache that says it is full up to there."""
+"""Worker of bench.decode: our decode loop at a depth, on a cache that says it is full so far."""
 
 import dataclasses
 import functools

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from core import cli, tree
+from core import backend, cli, tree
 from core.checkpoint import write_text
 from core.config import Experiment
 from core.sharding import MeshConfig, make_mesh, prefilling
@@ -36,6 +36,7 @@ def main(experiment: Experiment) -> list[dict]:
     rows = read_rows(config, found)
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    backend.keep_programs(experiment.workdir)
     with jax.set_mesh(make_mesh(experiment.mesh)):
         mesh = experiment.mesh
         model = load.restore(found, prefilling(mesh.strategy, mesh.ulysses, mesh.both_ways))
@@ -164,7 +165,7 @@ def summary(engine: Engine, rows: list[Row], batch_size: int) -> str:
     return (
         f"prefill {read} tokens in {prefill:.2f} s ({read / prefill:,.0f} tokens/s); "
         f"decode {made} tokens in {decode:.2f} s ({made / decode:,.0f} tokens/s); "
-        f"compilation {engine.compile_seconds:.1f} s"
+        f"compilation {engine.programs.seconds:.1f} s ({len(engine.programs.compiled)} programs)"
     )
 
 

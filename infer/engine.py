@@ -5,6 +5,7 @@ state = engine.start(engine.prefill(prompts), prompts, samples, pack([Sampling()
 for made in engine.decode(state, stopped_B): ...
 """
 
+import copy
 import functools
 import math
 import time
@@ -19,6 +20,7 @@ from core import sharding, tree
 from data.tokenizer_base import Tokenizer
 from infer import steps
 from infer.draw import Counts
+from infer.programs import Programs, bucket
 from infer.sampling import Packed
 from infer.steps import Made, Prefilled, State
 from model import cache, transformer
@@ -29,22 +31,26 @@ class Plan(NamedTuple):
     """The shapes that an engine compiles for."""
 
     batch: int  # rows, a multiple of mesh.data
-    length: int  # tokens a row, prompt and new ones
+    length: int  # tokens a row that there is room for, prompt and new ones
     chunk: int  # tokens a row in one prefill step, a multiple of mesh.seq
     new: int = 0  # tokens of `length` that come after the prompt
 
     @classmethod
     def of(cls, rows: int, prompt: int, new: int, chunk: int) -> "Plan":
-        """Rows and chunks up to what the mesh divides; no chunk needs to be longer than `prompt`:
-        those that are get its next power of 2, so that few lengths are compiled for.
+        """Rows and chunks up to what the mesh divides, lengths up to a `bucket`, so that few are
+        compiled for. No chunk needs to be longer than `prompt`.
         """
         rules = sharding.prefilling()
-        shortest = max(16, 2 ** math.ceil(math.log2(max(prompt, 1))))
         batch, chunk = (
             math.ceil(size / rules.size(name)) * rules.size(name)
-            for size, name in ((rows, "batch"), (min(chunk, shortest), "length"))
+            for size, name in ((rows, "batch"), (chunk_for(prompt, chunk), "length"))
         )
-        return cls(batch, prompt + new, chunk, new)
+        return cls(batch, bucket(prompt + new), chunk, new)
+
+
+def chunk_for(tokens: int, longest: int) -> int:
+    """`longest`, or the power of 2 from 16 on that is enough for `tokens` in one step."""
+    return min(longest, max(16, 2 ** math.ceil(math.log2(max(tokens, 1)))))
 
 
 def _keys(seed_B: jax.Array, sample_B: jax.Array) -> jax.Array:
@@ -78,19 +84,22 @@ class Engine:
             "extend_and_score": jax.jit(steps.extend, donate_argnums=1),
             "advance": jax.jit(functools.partial(steps.advance, **static), donate_argnums=1),
         }
-        self._compiled = {}
-        self.compile_seconds = 0.0
+        self.programs = Programs()
+
+    def resized(self, batch: int, chunk: int) -> "Engine":
+        """The same for other rows and chunks: weights, programs and the clock are shared."""
+        other = copy.copy(self)
+        other.plan = self.plan._replace(batch=batch, chunk=chunk)
+        other._jitted = {**self._jitted, "empty": jax.jit(other._empty)}
+        return other
 
     def clock(self) -> float:
         """Seconds that stand still while the engine compiles."""
-        return time.perf_counter() - self.compile_seconds
+        return time.perf_counter() - self.programs.seconds
 
     def _run(self, name: str, *args: Any) -> Any:
-        if name not in self._compiled:
-            began = time.perf_counter()
-            self._compiled[name] = self._jitted[name].lower(*args).compile()
-            self.compile_seconds += time.perf_counter() - began
-        return self._compiled[name](*args)
+        key = name, self.plan.batch, self.plan.chunk if name.startswith("extend") else None
+        return self.programs.run(key, self._jitted[name], *args)
 
     def empty(self) -> Prefilled:
         """A cache without tokens."""
@@ -210,5 +219,5 @@ class Engine:
 
     def temporary_bytes(self) -> int:
         """Bytes that the compiled steps need on a device beside weights and cache."""
-        compiled = (self._compiled[name] for name in ("extend", "advance"))
-        return max(program.memory_analysis().temp_size_in_bytes for program in compiled)
+        steps = (p for (name, *_), p in self.programs.compiled.items() if name != "empty")
+        return max(program.memory_analysis().temp_size_in_bytes for program in steps)

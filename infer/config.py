@@ -27,6 +27,9 @@ class DecodeConfig(Sampling):
     output: str = setting("", "a JSON lines file of the results")
     batch_size: int = setting(8, "rows at a time, over all devices", low=1)
     prefill_chunk: int = setting(512, "prompt tokens of a row in one step", low=1)
+    share_prefix: int = setting(
+        64, "a beginning of so many tokens that prompts share is read once; 0 is never", low=0
+    )
 
     def check(self) -> None:
         Sampling.check(self)

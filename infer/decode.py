@@ -24,6 +24,7 @@ from infer import load
 from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
 from infer.load import Found
+from infer.prefix import Reader
 from infer.rows import Row, read_rows
 from infer.sampling import Packed, Sampling, pack
 from infer.steps import Made
@@ -48,12 +49,13 @@ def main(experiment: Experiment) -> list[dict]:
         print(header(found, config, rows, tree.num_elements(model)), file=sys.stderr, flush=True)
         packed = pack([row.how for row in rows])
         show = Show(rows, config.stream)
+        prompts, new = zip(*((row.prompt.tokens, row.how.max_tokens) for row in rows), strict=True)
+        reader = Reader(engine, prompts, new, config.share_prefix, config.prompt_logprobs)
         for first in range(0, len(rows), config.batch_size):
-            part = slice(first, first + config.batch_size)
-            batch = decode(engine, rows[part], packed.rows(part), config, found.tokenizer)
-            for _ in batch:
+            part = slice(first, min(first + config.batch_size, len(rows)))
+            for _ in decode(reader, rows, part, packed.rows(part), found.tokenizer):
                 show.update()
-        print(summary(engine, rows, config.batch_size), file=sys.stderr)
+        print(summary(reader, rows, config.batch_size), file=sys.stderr)
     results = [row.result(config) for row in rows]
     if config.output:
         write_text(Path(config.output), "".join(json.dumps(row) + "\n" for row in results))
@@ -62,24 +64,25 @@ def main(experiment: Experiment) -> list[dict]:
 
 
 def decode(
-    engine: Engine,
+    reader: Reader,
     rows: list[Row],
+    part: slice,
     packed: Packed,
-    config: DecodeConfig,
     tokenizer: Tokenizer | None,
 ) -> Iterator[None]:
-    """Grows one batch of rows to their ends; yields whenever they have grown."""
-    prompts, new = [row.prompt.tokens for row in rows], [row.how.max_tokens for row in rows]
+    """Grows the rows of one batch, a part of all, to their ends; yields whenever they have grown.
+
+    `packed` has the settings of the batch.
+    """
+    engine, rows = reader.engine, rows[part]
     eos = tokenizer.eos if tokenizer else ()
     began = engine.clock()
-    if config.prompt_logprobs:
-        now, scores = engine.score(prompts, new)
-        for row, logprobs_T in zip(rows, scores, strict=True):
-            row.prompt_logprobs = logprobs_T.tolist()
-    else:
-        now = engine.prefill(prompts, new=new)
+    now, scores = reader.read(part.start, part.stop)
+    for row, logprobs_T in zip(rows, scores, strict=bool(scores)):
+        row.prompt_logprobs = logprobs_T.tolist()
     now = jax.block_until_ready(now)
     prefilled = engine.clock()
+    prompts = [row.prompt.tokens for row in rows]
     state = engine.start(now, prompts, [row.sample for row in rows], packed)
     stopped_B = np.zeros(engine.plan.batch, bool)
     for made in engine.decode(state, stopped_B):
@@ -155,17 +158,19 @@ def header(found: Found, config: DecodeConfig, rows: list[Row], num_parameters: 
     )
 
 
-def summary(engine: Engine, rows: list[Row], batch_size: int) -> str:
+def summary(reader: Reader, rows: list[Row], batch_size: int) -> str:
     """One line: how fast prefill and decode were, over all rows, compilation apart."""
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     prefill = sum(batch[0].prefill_seconds for batch in batches)
     decode = sum(max(row.decode_seconds for row in batch) for batch in batches)
-    read = sum(len(row.prompt.tokens) for row in rows)
+    read, programs = reader.tokens_read, reader.engine.programs
+    shared = sum(len(row.prompt.tokens) for row in rows) - read
     made = sum(len(row.tokens) for row in rows)
+    saved = f" and {shared} shared" if shared else ""
     return (
-        f"prefill {read} tokens in {prefill:.2f} s ({read / prefill:,.0f} tokens/s); "
+        f"prefill {read} tokens{saved} in {prefill:.2f} s ({read / prefill:,.0f} tokens/s); "
         f"decode {made} tokens in {decode:.2f} s ({made / decode:,.0f} tokens/s); "
-        f"compilation {engine.programs.seconds:.1f} s ({len(engine.programs.compiled)} programs)"
+        f"compilation {programs.seconds:.1f} s ({len(programs.compiled)} programs)"
     )
 
 

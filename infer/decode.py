@@ -19,14 +19,14 @@ from core import backend, cli, tree
 from core.checkpoint import write_text
 from core.config import Experiment
 from core.sharding import MeshConfig, make_mesh, prefilling
-from data.tokenizer_base import Tokenizer
-from infer import load
+from infer import load, speculate
 from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
 from infer.load import Found
 from infer.prefix import Reader
 from infer.rows import Row, read_rows
 from infer.sampling import Packed, Sampling, pack
+from infer.speculate import Speculator
 from infer.steps import Made
 
 
@@ -35,12 +35,14 @@ def main(experiment: Experiment) -> list[dict]:
     config: DecodeConfig = experiment.decode
     found = load.find(config.checkpoint or experiment.workdir, config.step)
     rows = read_rows(config, found)
+    found_draft = speculate.find_draft(config, found, rows)
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     backend.keep_programs(experiment.workdir)
     with jax.set_mesh(make_mesh(experiment.mesh)):
         mesh = experiment.mesh
-        model = load.restore(found, prefilling(mesh.strategy, mesh.ulysses, mesh.both_ways))
+        rules = prefilling(mesh.strategy, mesh.ulysses, mesh.both_ways)
+        model = load.restore(found, rules)
         longest = max(len(row.prompt.tokens) for row in rows)
         length = max(len(row.prompt.tokens) + row.how.max_tokens for row in rows)
         num_rows = min(config.batch_size, len(rows))
@@ -51,11 +53,21 @@ def main(experiment: Experiment) -> list[dict]:
         show = Show(rows, config.stream)
         prompts, new = zip(*((row.prompt.tokens, row.how.max_tokens) for row in rows), strict=True)
         reader = Reader(engine, prompts, new, config.share_prefix, config.prompt_logprobs)
+        speculator = None
+        if config.speculate:
+            draft = None
+            if found_draft:
+                small = load.restore(found_draft, rules)
+                small = Engine(small, plan, found.tokenizer, programs=engine.programs)
+                draft = Reader(small, prompts, new, config.share_prefix)
+            speculator = Speculator(engine, config.speculate, config.ngram, draft)
         for first in range(0, len(rows), config.batch_size):
             part = slice(first, min(first + config.batch_size, len(rows)))
-            for _ in decode(reader, rows, part, packed.rows(part), found.tokenizer):
+            for _ in decode(reader, speculator, rows, part, packed.rows(part)):
                 show.update()
         print(summary(reader, rows, config.batch_size), file=sys.stderr)
+        if speculator:
+            print(speculator.summary(), file=sys.stderr)
     results = [row.result(config) for row in rows]
     if config.output:
         write_text(Path(config.output), "".join(json.dumps(row) + "\n" for row in results))
@@ -65,34 +77,38 @@ def main(experiment: Experiment) -> list[dict]:
 
 def decode(
     reader: Reader,
+    speculator: Speculator | None,
     rows: list[Row],
     part: slice,
     packed: Packed,
-    tokenizer: Tokenizer | None,
 ) -> Iterator[None]:
     """Grows the rows of one batch, a part of all, to their ends; yields whenever they have grown.
 
     `packed` has the settings of the batch.
     """
     engine, rows = reader.engine, rows[part]
-    eos = tokenizer.eos if tokenizer else ()
+    eos = engine.static["eos"]
     began = engine.clock()
     now, scores = reader.read(part.start, part.stop)
+    draft = speculator.read(part) if speculator else None
     for row, logprobs_T in zip(rows, scores, strict=bool(scores)):
         row.prompt_logprobs = logprobs_T.tolist()
-    now = jax.block_until_ready(now)
+    now, draft = jax.block_until_ready((now, draft))
     prefilled = engine.clock()
     prompts = [row.prompt.tokens for row in rows]
     state = engine.start(now, prompts, [row.sample for row in rows], packed)
     stopped_B = np.zeros(engine.plan.batch, bool)
-    for made in engine.decode(state, stopped_B):
+    grown = engine.decode(state, stopped_B)
+    if speculator:
+        grown = speculator.decode(state, stopped_B, prompts, draft)
+    for made in grown:
         seconds = engine.clock() - prefilled
         for b, row in enumerate(rows):
             if row.finish_reason:
                 continue
             row.prefill_seconds, row.decode_seconds = prefilled - began, seconds
             for token, logprob, top in tokens_of(made, b):
-                if not row.finish_reason:
+                if token >= 0 and not row.finish_reason:
                     row.add(token, logprob, top, eos)
             stopped_B[b] = bool(row.finish_reason)
         stopped_B[len(rows) :] = True

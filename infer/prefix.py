@@ -50,7 +50,7 @@ class Reader:
         self.tokens_read = 0
         self._prompts, self._new = prompts, new
         self._shards = engine.model.rules.size("batch")
-        self._dims = _batch_dims(engine)
+        self._dims = batch_dims(engine)
         self._stems: list[Stem] = []  # each begins with the one before
         ropes = (spec.rope for spec in engine.model.config.pattern)
         by_length = any(rope is not None and rope.by_length for rope in ropes)
@@ -170,7 +170,7 @@ class Reader:
         """`now` with these of its rows, counted on each shard, in a batch of `width` rows."""
         before = now.last_BD.shape[0]
         engine = self.engine.resized(width, self.engine.plan.chunk)
-        spread = jax.jit(functools.partial(_take, dims=self._dims))
+        spread = jax.jit(functools.partial(take, dims=self._dims))
         key = "spread", engine.model.config, before, width
         return engine.programs.run(key, spread, now, engine.place(row_B))
 
@@ -182,7 +182,7 @@ def _common(a_T: np.ndarray, b_T: np.ndarray) -> int:
     return int(differ_T.argmax()) if differ_T.any() else T
 
 
-def _batch_dims(engine: Engine) -> Any:
+def batch_dims(engine: Engine) -> Any:
     """Which dim of each array of a state is the batch: the one that grows with it."""
     shards, chunk = engine.model.rules.size("batch"), engine.plan.chunk
     one, two = (engine.resized(n * shards, chunk).abstract() for n in (1, 2))
@@ -193,7 +193,7 @@ def _batch_dims(engine: Engine) -> Any:
     return jax.tree.map(grows, one, two)
 
 
-def _take(now: Prefilled, row_B: jax.Array, dims: Any) -> Prefilled:
+def take(now: Prefilled, row_B: jax.Array, dims: Any) -> Prefilled:
     """Rows `row_B` of every shard of the batch: nothing crosses the mesh."""
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, now)
 

@@ -34,6 +34,10 @@ class DecodeConfig(Sampling):
     ngram: int = setting(3, "guesses follow the last so many tokens, met before; or fewer", low=1)
     draft: str = setting("", "a bundle of a smaller model that guesses, instead of n-grams")
     draft_step: int | None = setting(None, "of draft; None is the newest complete one", low=0)
+    beams: int = setting(0, "beam search: texts that are followed at a time; 0 is off", low=0)
+    length_penalty: float = setting(
+        1.0, "of beam search: a text scores its log-probability / new tokens ** this"
+    )
 
     def check(self) -> None:
         Sampling.check(self)

@@ -19,12 +19,12 @@ from core import backend, cli, tree
 from core.checkpoint import write_text
 from core.config import Experiment
 from core.sharding import MeshConfig, make_mesh, prefilling
-from infer import load, speculate
+from infer import beam, load, speculate
 from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
 from infer.load import Found
 from infer.prefix import Reader
-from infer.rows import Row, read_rows
+from infer.rows import Row, Spent, read_rows
 from infer.sampling import Packed, Sampling, pack
 from infer.speculate import Speculator
 from infer.steps import Made
@@ -35,6 +35,7 @@ def main(experiment: Experiment) -> list[dict]:
     config: DecodeConfig = experiment.decode
     found = load.find(config.checkpoint or experiment.workdir, config.step)
     rows = read_rows(config, found)
+    beam.check(config, rows, (found.tokenizer or found.config).vocab_size)
     found_draft = speculate.find_draft(config, found, rows)
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
@@ -45,13 +46,16 @@ def main(experiment: Experiment) -> list[dict]:
         model = load.restore(found, rules)
         longest = max(len(row.prompt.tokens) for row in rows)
         length = max(len(row.prompt.tokens) + row.how.max_tokens for row in rows)
-        num_rows = min(config.batch_size, len(rows))
-        plan = Plan.of(num_rows, longest, length - longest, config.prefill_chunk)
+        asked, at_once = rows, min(config.batch_size, len(rows))
+        if config.beams:
+            asked = beam.asked(rows, config.beams)
+            at_once = beam.at_once(config.batch_size, len(asked) // config.beams, config.beams)
+        plan = Plan.of(at_once, longest, length - longest, config.prefill_chunk)
         engine = Engine(model, plan, found.tokenizer, config.top_logprobs)
         print(header(found, config, rows, tree.num_elements(model)), file=sys.stderr, flush=True)
         packed = pack([row.how for row in rows])
-        show = Show(rows, config.stream)
-        prompts, new = zip(*((row.prompt.tokens, row.how.max_tokens) for row in rows), strict=True)
+        show, spent = Show(rows, config.stream), Spent()
+        prompts, new = zip(*((row.prompt.tokens, row.how.max_tokens) for row in asked), strict=True)
         reader = Reader(engine, prompts, new, config.share_prefix, config.prompt_logprobs)
         speculator = None
         if config.speculate:
@@ -61,11 +65,16 @@ def main(experiment: Experiment) -> list[dict]:
                 small = Engine(small, plan, found.tokenizer, programs=engine.programs)
                 draft = Reader(small, prompts, new, config.share_prefix)
             speculator = Speculator(engine, config.speculate, config.ngram, draft)
-        for first in range(0, len(rows), config.batch_size):
-            part = slice(first, min(first + config.batch_size, len(rows)))
-            for _ in decode(reader, speculator, rows, part, packed.rows(part)):
+        search = beam.Search(engine, config.beams, config.length_penalty) if config.beams else None
+        for first in range(0, len(asked), at_once):
+            part = slice(first, min(first + at_once, len(asked)))
+            if search:
+                grown = beam.decode(search, reader, rows, part, spent)
+            else:
+                grown = decode(reader, speculator, rows, part, packed.rows(part), spent)
+            for _ in grown:
                 show.update()
-        print(summary(reader, rows, config.batch_size), file=sys.stderr)
+        print(summary(reader, rows, spent), file=sys.stderr)
         if speculator:
             print(speculator.summary(), file=sys.stderr)
     results = [row.result(config) for row in rows]
@@ -81,6 +90,7 @@ def decode(
     rows: list[Row],
     part: slice,
     packed: Packed,
+    spent: Spent,
 ) -> Iterator[None]:
     """Grows the rows of one batch, a part of all, to their ends; yields whenever they have grown.
 
@@ -113,6 +123,7 @@ def decode(
             stopped_B[b] = bool(row.finish_reason)
         stopped_B[len(rows) :] = True
         yield
+    spent.add(prefilled - began, max(row.decode_seconds for row in rows))
 
 
 def tokens_of(made: Made, b: int) -> Iterator[tuple[int, float, list[list]]]:
@@ -162,6 +173,8 @@ def header(found: Found, config: DecodeConfig, rows: list[Row], num_parameters: 
     """One line: what decodes, on what, and how."""
     device = jax.devices()[0]
     how = [f"temperature {config.temperature:g}" if config.temperature else "greedy"]
+    if config.beams:
+        how = [f"{config.beams} beams, length_penalty {config.length_penalty:g}"]
     for field in dataclasses.fields(Sampling):
         value = getattr(config, field.name)
         if field.name not in ("temperature", "max_tokens", "seed") and value != field.default:
@@ -174,18 +187,16 @@ def header(found: Found, config: DecodeConfig, rows: list[Row], num_parameters: 
     )
 
 
-def summary(reader: Reader, rows: list[Row], batch_size: int) -> str:
+def summary(reader: Reader, rows: list[Row], spent: Spent) -> str:
     """One line: how fast prefill and decode were, over all rows, compilation apart."""
-    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    prefill = sum(batch[0].prefill_seconds for batch in batches)
-    decode = sum(max(row.decode_seconds for row in batch) for batch in batches)
     read, programs = reader.tokens_read, reader.engine.programs
     shared = sum(len(row.prompt.tokens) for row in rows) - read
     made = sum(len(row.tokens) for row in rows)
+    prefill, decode = (f"{x:.2f} s" for x in (spent.prefill, spent.decode))
     saved = f" and {shared} shared" if shared else ""
     return (
-        f"prefill {read} tokens{saved} in {prefill:.2f} s ({read / prefill:,.0f} tokens/s); "
-        f"decode {made} tokens in {decode:.2f} s ({made / decode:,.0f} tokens/s); "
+        f"prefill {read} tokens{saved} in {prefill} ({read / spent.prefill:,.0f} tokens/s); "
+        f"decode {made} tokens in {decode} ({made / spent.decode:,.0f} tokens/s); "
         f"compilation {programs.seconds:.1f} s ({len(programs.compiled)} programs)"
     )
 

@@ -4,6 +4,7 @@ import glob
 import importlib.util
 import logging
 import os
+from pathlib import Path
 
 import jax
 
@@ -26,6 +27,20 @@ def prepare(simulate: int = 0) -> None:
         # libtpu beside a CPU or GPU (extra `aot`) would be asked for a TPU at every start.
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"
         jax.config.update("jax_platforms", "cuda,cpu" if has_gpu() else "cpu")
+
+
+def keep_programs(workdir: str | Path) -> None:
+    """Compiled programs are written to WORKDIR/programs, and read from there at the next start.
+
+    Call it before anything is compiled. JAX_COMPILATION_CACHE_DIR names another folder, and
+    JAX_ENABLE_COMPILATION_CACHE=false keeps none; nor do several CPU devices, as `prepare` says.
+    """
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(workdir) / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def compile_only() -> None:

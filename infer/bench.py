@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from core import cli, hardware, sharding, tree
+from core import backend, cli, hardware, sharding, tree
 from core.checkpoint import CONFIG, write_text
 from core.config import Experiment, to_dict
 from core.sharding import MeshConfig, make_mesh
@@ -64,6 +64,7 @@ def main(experiment: Experiment) -> dict[str, Any]:
     output = Path(config.output or Path(experiment.workdir) / "bench")
     output.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
+    backend.keep_programs(experiment.workdir)
     with jax.set_mesh(make_mesh(experiment.mesh)):
         model, weights = open_model(experiment)
         report = {

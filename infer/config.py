@@ -27,11 +27,28 @@ class DecodeConfig(Sampling):
     output: str = setting("", "a JSON lines file of the results")
     batch_size: int = setting(8, "rows at a time, over all devices", low=1)
     prefill_chunk: int = setting(512, "prompt tokens of a row in one step", low=1)
+    share_prefix: int = setting(
+        64, "a beginning of so many tokens that prompts share is read once; 0 is never", low=0
+    )
+    speculate: int = setting(0, "tokens guessed a step, for the model to check; 0 is off", low=0)
+    ngram: int = setting(3, "guesses follow the last so many tokens, met before; or fewer", low=1)
+    draft: str = setting("", "a bundle of a smaller model that guesses, instead of n-grams")
+    draft_step: int | None = setting(None, "of draft; None is the newest complete one", low=0)
+    beams: int = setting(0, "beam search: texts that are followed at a time; 0 is off", low=0)
+    length_penalty: float = setting(
+        1.0, "of beam search: a text scores its log-probability / new tokens ** this"
+    )
 
     def check(self) -> None:
         Sampling.check(self)
         if self.prompt and self.prompts:
             raise UserError(f"prompt={self.prompt!r} and prompts={self.prompts!r}: give one")
+        if self.draft and not self.speculate:
+            raise UserError(
+                f"draft={self.draft!r} with speculate=0 guesses nothing: set speculate=4, say"
+            )
+        if self.draft_step is not None and not self.draft:
+            raise UserError(f"draft_step={self.draft_step} is of no draft: set draft to a bundle")
 
 
 @dataclasses.dataclass(frozen=True)

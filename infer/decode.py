@@ -15,17 +15,18 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from core import cli, tree
+from core import backend, cli, tree
 from core.checkpoint import write_text
 from core.config import Experiment
 from core.sharding import MeshConfig, make_mesh, prefilling
-from data.tokenizer_base import Tokenizer
-from infer import load
+from infer import beam, load, speculate
 from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
 from infer.load import Found
-from infer.rows import Row, read_rows
+from infer.prefix import Reader
+from infer.rows import Row, Spent, read_rows
 from infer.sampling import Packed, Sampling, pack
+from infer.speculate import Speculator
 from infer.steps import Made
 
 
@@ -34,25 +35,48 @@ def main(experiment: Experiment) -> list[dict]:
     config: DecodeConfig = experiment.decode
     found = load.find(config.checkpoint or experiment.workdir, config.step)
     rows = read_rows(config, found)
+    beam.check(config, rows, (found.tokenizer or found.config).vocab_size)
+    found_draft = speculate.find_draft(config, found, rows)
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    backend.keep_programs(experiment.workdir)
     with jax.set_mesh(make_mesh(experiment.mesh)):
         mesh = experiment.mesh
-        model = load.restore(found, prefilling(mesh.strategy, mesh.ulysses, mesh.both_ways))
+        rules = prefilling(mesh.strategy, mesh.ulysses, mesh.both_ways)
+        model = load.restore(found, rules)
         longest = max(len(row.prompt.tokens) for row in rows)
         length = max(len(row.prompt.tokens) + row.how.max_tokens for row in rows)
-        num_rows = min(config.batch_size, len(rows))
-        plan = Plan.of(num_rows, longest, length - longest, config.prefill_chunk)
+        asked, at_once = rows, min(config.batch_size, len(rows))
+        if config.beams:
+            asked = beam.asked(rows, config.beams)
+            at_once = beam.at_once(config.batch_size, len(asked) // config.beams, config.beams)
+        plan = Plan.of(at_once, longest, length - longest, config.prefill_chunk)
         engine = Engine(model, plan, found.tokenizer, config.top_logprobs)
         print(header(found, config, rows, tree.num_elements(model)), file=sys.stderr, flush=True)
         packed = pack([row.how for row in rows])
-        show = Show(rows, config.stream)
-        for first in range(0, len(rows), config.batch_size):
-            part = slice(first, first + config.batch_size)
-            batch = decode(engine, rows[part], packed.rows(part), config, found.tokenizer)
-            for _ in batch:
+        show, spent = Show(rows, config.stream), Spent()
+        prompts, new = zip(*((row.prompt.tokens, row.how.max_tokens) for row in asked), strict=True)
+        reader = Reader(engine, prompts, new, config.share_prefix, config.prompt_logprobs)
+        speculator = None
+        if config.speculate:
+            draft = None
+            if found_draft:
+                small = load.restore(found_draft, rules)
+                small = Engine(small, plan, found.tokenizer, programs=engine.programs)
+                draft = Reader(small, prompts, new, config.share_prefix)
+            speculator = Speculator(engine, config.speculate, config.ngram, draft)
+        search = beam.Search(engine, config.beams, config.length_penalty) if config.beams else None
+        for first in range(0, len(asked), at_once):
+            part = slice(first, min(first + at_once, len(asked)))
+            if search:
+                grown = beam.decode(search, reader, rows, part, spent)
+            else:
+                grown = decode(reader, speculator, rows, part, packed.rows(part), spent)
+            for _ in grown:
                 show.update()
-        print(summary(engine, rows, config.batch_size), file=sys.stderr)
+        print(summary(reader, rows, spent), file=sys.stderr)
+        if speculator:
+            print(speculator.summary(), file=sys.stderr)
     results = [row.result(config) for row in rows]
     if config.output:
         write_text(Path(config.output), "".join(json.dumps(row) + "\n" for row in results))
@@ -61,38 +85,45 @@ def main(experiment: Experiment) -> list[dict]:
 
 
 def decode(
-    engine: Engine,
+    reader: Reader,
+    speculator: Speculator | None,
     rows: list[Row],
+    part: slice,
     packed: Packed,
-    config: DecodeConfig,
-    tokenizer: Tokenizer | None,
+    spent: Spent,
 ) -> Iterator[None]:
-    """Grows one batch of rows to their ends; yields whenever they have grown."""
-    prompts, new = [row.prompt.tokens for row in rows], [row.how.max_tokens for row in rows]
-    eos = tokenizer.eos if tokenizer else ()
+    """Grows the rows of one batch, a part of all, to their ends; yields whenever they have grown.
+
+    `packed` has the settings of the batch.
+    """
+    engine, rows = reader.engine, rows[part]
+    eos = engine.static["eos"]
     began = engine.clock()
-    if config.prompt_logprobs:
-        now, scores = engine.score(prompts, new)
-        for row, logprobs_T in zip(rows, scores, strict=True):
-            row.prompt_logprobs = logprobs_T.tolist()
-    else:
-        now = engine.prefill(prompts, new=new)
-    now = jax.block_until_ready(now)
+    now, scores = reader.read(part.start, part.stop)
+    draft = speculator.read(part) if speculator else None
+    for row, logprobs_T in zip(rows, scores, strict=bool(scores)):
+        row.prompt_logprobs = logprobs_T.tolist()
+    now, draft = jax.block_until_ready((now, draft))
     prefilled = engine.clock()
+    prompts = [row.prompt.tokens for row in rows]
     state = engine.start(now, prompts, [row.sample for row in rows], packed)
     stopped_B = np.zeros(engine.plan.batch, bool)
-    for made in engine.decode(state, stopped_B):
+    grown = engine.decode(state, stopped_B)
+    if speculator:
+        grown = speculator.decode(state, stopped_B, prompts, draft)
+    for made in grown:
         seconds = engine.clock() - prefilled
         for b, row in enumerate(rows):
             if row.finish_reason:
                 continue
             row.prefill_seconds, row.decode_seconds = prefilled - began, seconds
             for token, logprob, top in tokens_of(made, b):
-                if not row.finish_reason:
+                if token >= 0 and not row.finish_reason:
                     row.add(token, logprob, top, eos)
             stopped_B[b] = bool(row.finish_reason)
         stopped_B[len(rows) :] = True
         yield
+    spent.add(prefilled - began, max(row.decode_seconds for row in rows))
 
 
 def tokens_of(made: Made, b: int) -> Iterator[tuple[int, float, list[list]]]:
@@ -142,6 +173,8 @@ def header(found: Found, config: DecodeConfig, rows: list[Row], num_parameters: 
     """One line: what decodes, on what, and how."""
     device = jax.devices()[0]
     how = [f"temperature {config.temperature:g}" if config.temperature else "greedy"]
+    if config.beams:
+        how = [f"{config.beams} beams, length_penalty {config.length_penalty:g}"]
     for field in dataclasses.fields(Sampling):
         value = getattr(config, field.name)
         if field.name not in ("temperature", "max_tokens", "seed") and value != field.default:
@@ -154,17 +187,17 @@ def header(found: Found, config: DecodeConfig, rows: list[Row], num_parameters: 
     )
 
 
-def summary(engine: Engine, rows: list[Row], batch_size: int) -> str:
+def summary(reader: Reader, rows: list[Row], spent: Spent) -> str:
     """One line: how fast prefill and decode were, over all rows, compilation apart."""
-    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    prefill = sum(batch[0].prefill_seconds for batch in batches)
-    decode = sum(max(row.decode_seconds for row in batch) for batch in batches)
-    read = sum(len(row.prompt.tokens) for row in rows)
+    read, programs = reader.tokens_read, reader.engine.programs
+    shared = sum(len(row.prompt.tokens) for row in rows) - read
     made = sum(len(row.tokens) for row in rows)
+    prefill, decode = (f"{x:.2f} s" for x in (spent.prefill, spent.decode))
+    saved = f" and {shared} shared" if shared else ""
     return (
-        f"prefill {read} tokens in {prefill:.2f} s ({read / prefill:,.0f} tokens/s); "
-        f"decode {made} tokens in {decode:.2f} s ({made / decode:,.0f} tokens/s); "
-        f"compilation {engine.compile_seconds:.1f} s"
+        f"prefill {read} tokens{saved} in {prefill} ({read / spent.prefill:,.0f} tokens/s); "
+        f"decode {made} tokens in {decode} ({made / spent.decode:,.0f} tokens/s); "
+        f"compilation {programs.seconds:.1f} s ({len(programs.compiled)} programs)"
     )
 
 

@@ -5,10 +5,11 @@ state = engine.start(engine.prefill(prompts), prompts, samples, pack([Sampling()
 for made in engine.decode(state, stopped_B): ...
 """
 
+import copy
 import functools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +18,9 @@ import numpy as np
 
 from core import sharding, tree
 from data.tokenizer_base import Tokenizer
-from infer import steps
+from infer import logprobs, steps
 from infer.draw import Counts
+from infer.programs import Programs, bucket
 from infer.sampling import Packed
 from infer.steps import Made, Prefilled, State
 from model import cache, transformer
@@ -29,22 +31,26 @@ class Plan(NamedTuple):
     """The shapes that an engine compiles for."""
 
     batch: int  # rows, a multiple of mesh.data
-    length: int  # tokens a row, prompt and new ones
+    length: int  # tokens a row that there is room for, prompt and new ones
     chunk: int  # tokens a row in one prefill step, a multiple of mesh.seq
     new: int = 0  # tokens of `length` that come after the prompt
 
     @classmethod
     def of(cls, rows: int, prompt: int, new: int, chunk: int) -> "Plan":
-        """Rows and chunks up to what the mesh divides; no chunk needs to be longer than `prompt`:
-        those that are get its next power of 2, so that few lengths are compiled for.
+        """Rows and chunks up to what the mesh divides, lengths up to a `bucket`, so that few are
+        compiled for. No chunk needs to be longer than `prompt`.
         """
         rules = sharding.prefilling()
-        shortest = max(16, 2 ** math.ceil(math.log2(max(prompt, 1))))
         batch, chunk = (
             math.ceil(size / rules.size(name)) * rules.size(name)
-            for size, name in ((rows, "batch"), (min(chunk, shortest), "length"))
+            for size, name in ((rows, "batch"), (chunk_for(prompt, chunk), "length"))
         )
-        return cls(batch, prompt + new, chunk, new)
+        return cls(batch, bucket(prompt + new), chunk, new)
+
+
+def chunk_for(tokens: int, longest: int) -> int:
+    """`longest`, or the power of 2 from 16 on that is enough for `tokens` in one step."""
+    return min(longest, max(16, 2 ** math.ceil(math.log2(max(tokens, 1)))))
 
 
 def _keys(seed_B: jax.Array, sample_B: jax.Array) -> jax.Array:
@@ -60,13 +66,17 @@ class Engine:
         plan: Plan,
         tokenizer: Tokenizer | None = None,
         top_logprobs: int = 0,
+        programs: Programs | None = None,
     ):
-        """`top_logprobs`: of how many of the likeliest tokens `Made` tells, at every step."""
+        """`top_logprobs`: of how many of the likeliest tokens `Made` tells, at every step.
+
+        `programs` are those of an engine for the same plan and another model, which it shares.
+        """
         self.model, self.plan = model, plan
         # The same weights, under the rules by which new tokens come one at a time.
         one_by_one = transformer.abstract(model.config, sharding.decoding())
         self.decoder = tree.with_leaves(one_by_one, tree.named_leaves(model))
-        static = dict(
+        self.static = dict(
             top_logprobs=top_logprobs,
             eos=tokenizer.eos if tokenizer else (),
             vocab_size=tokenizer.vocab_size if tokenizer else model.config.vocab_size,
@@ -76,25 +86,34 @@ class Engine:
             "keys": jax.jit(_keys),
             "extend": jax.jit(steps.extend, donate_argnums=1),
             "extend_and_score": jax.jit(steps.extend, donate_argnums=1),
-            "advance": jax.jit(functools.partial(steps.advance, **static), donate_argnums=1),
+            "follow": jax.jit(logprobs.following),
+            "advance": jax.jit(functools.partial(steps.advance, **self.static), donate_argnums=1),
         }
-        self._compiled = {}
-        self.compile_seconds = 0.0
+        self.programs = Programs() if programs is None else programs
+
+    def resized(self, batch: int, chunk: int) -> "Engine":
+        """The same for other rows and chunks: weights, programs and the clock are shared."""
+        other = copy.copy(self)
+        other.plan = self.plan._replace(batch=batch, chunk=chunk)
+        other._jitted = {**self._jitted, "empty": jax.jit(other._empty)}
+        return other
 
     def clock(self) -> float:
         """Seconds that stand still while the engine compiles."""
-        return time.perf_counter() - self.compile_seconds
+        return time.perf_counter() - self.programs.seconds
 
     def _run(self, name: str, *args: Any) -> Any:
-        if name not in self._compiled:
-            began = time.perf_counter()
-            self._compiled[name] = self._jitted[name].lower(*args).compile()
-            self.compile_seconds += time.perf_counter() - began
-        return self._compiled[name](*args)
+        chunk = self.plan.chunk if name.startswith("extend") else None
+        key = name, self.model.config, self.plan.batch, chunk
+        return self.programs.run(key, self._jitted[name], *args)
 
     def empty(self) -> Prefilled:
         """A cache without tokens."""
         return self._run("empty")
+
+    def abstract(self) -> Prefilled:
+        """`empty` with shapes in place of arrays."""
+        return jax.eval_shape(self._empty)
 
     def _empty(self) -> Prefilled:
         config, rules = self.model.config, self.model.rules
@@ -125,17 +144,31 @@ class Engine:
         return now
 
     def score(
-        self, rows: Sequence[np.ndarray], new: Sequence[int] | None = None
+        self,
+        rows: Sequence[np.ndarray],
+        new: Sequence[int] | None = None,
+        now: Prefilled | None = None,
+        first: int = 0,
     ) -> tuple[Prefilled, list[np.ndarray]]:
-        """`prefill`, and for each row [T] the log-probability [T - 1] of all but its first."""
-        now, new_B, parts = self.empty(), self._new(new), []
-        shifted = self.chunks([np.append(row[1:], 0) for row in rows])
-        for chunk, (targets_BT, _, _) in zip(self.chunks(rows), shifted, strict=True):
+        """`prefill`, and for each row [T] the log-probability of its tokens `first` and later,
+        [T - first]; of the very first token there is none.
+        """
+        parts = []
+        if now is None:
+            now = self.empty()
+        else:
+            next_B = np.zeros(self.plan.batch, np.int32)
+            next_B[: len(rows)] = [row[first] if len(row) > first else 0 for row in rows]
+            logprob_B = self._run("follow", self.model, now, self.place(next_B))
+            parts.append(np.asarray(logprob_B)[:, None])
+        new_B = self._new(new)
+        shifted = self.chunks([np.append(row[1:], 0) for row in rows], first)
+        for chunk, (targets_BT, _, _) in zip(self.chunks(rows, first), shifted, strict=True):
             args = self.model, now, *chunk, new_B, targets_BT
             now, logprobs_BT = self._run("extend_and_score", *args)
             parts.append(np.asarray(logprobs_BT))
         logprobs_BT = np.concatenate(parts, axis=1)
-        return now, [logprobs_BT[b, : len(row) - 1] for b, row in enumerate(rows)]
+        return now, [logprobs_BT[b, : len(row) - max(first, 1)] for b, row in enumerate(rows)]
 
     def _new(self, new: Sequence[int] | None) -> jax.Array:
         """[B], new tokens of each row."""
@@ -188,27 +221,40 @@ class Engine:
         length_B, made_B, done_B = map(self.place, (length_B, np.zeros(B, np.int32), done_B))
         return State(now, length_B, made_B, done_B, keys_B, packed, counts)
 
-    def advance(self, state: State, stopped_B: np.ndarray) -> tuple[State, tuple[Made, jax.Array]]:
-        """One call of the decode loop, under way when this returns; `state` is used up."""
-        state, *out = self._run("advance", self.decoder, state, self.place(stopped_B.copy()))
-        return state, tuple(out)
+    def advance(self, state: State, stopped_B: np.ndarray) -> tuple[State, tuple[jax.Array, Made]]:
+        """One call of the decode loop, under way when this returns; `state` is used up.
+
+        Beside the state: whether all rows have ended, and what is new.
+        """
+        state, made, finished = self._run(
+            "advance", self.decoder, state, self.place(stopped_B.copy())
+        )
+        return state, (finished, made)
 
     def decode(self, state: State, stopped_B: np.ndarray) -> Iterator[Made]:
         """STEPS tokens a row at a time, as NumPy arrays, until all rows have ended.
 
-        The next call is under way while the caller looks at these. The caller ends row b early
-        by setting `stopped_B[b]`.
+        The caller ends row b early by setting `stopped_B[b]`.
         """
-        state, ready = self.advance(state, stopped_B)
-        while True:
-            state, coming = self.advance(state, stopped_B)
-            made, finished = jax.device_get(ready)
+        for (made,) in ahead(self.advance, state, stopped_B):
             yield made
-            if finished or stopped_B.all():
-                return
-            ready = coming
 
     def temporary_bytes(self) -> int:
         """Bytes that the compiled steps need on a device beside weights and cache."""
-        compiled = (self._compiled[name] for name in ("extend", "advance"))
-        return max(program.memory_analysis().temp_size_in_bytes for program in compiled)
+        steps = (p for (name, *_), p in self.programs.compiled.items() if name != "empty")
+        return max(program.memory_analysis().temp_size_in_bytes for program in steps)
+
+
+def ahead(advance: Callable, state: Any, stopped_B: np.ndarray) -> Iterator[tuple]:
+    """What each `state, (finished, *out) = advance(state, stopped_B)` puts out, in NumPy.
+
+    The next call is under way while the caller looks at it.
+    """
+    state, ready = advance(state, stopped_B)
+    while True:
+        state, coming = advance(state, stopped_B)
+        finished, *out = jax.device_get(ready)
+        yield tuple(out)
+        if finished or stopped_B.all():
+            return
+        ready = coming

@@ -4,6 +4,7 @@ logprob_B = of_tokens(logits_BV, token_B)
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,11 @@ def likeliest(logits_BV: jax.Array, vocab_size: int, num: int) -> tuple[jax.Arra
     real_1V = jnp.arange(logits_BV.shape[1])[None, :] < vocab_size  # the rest is padding
     best_BJ, token_BJ = jax.lax.top_k(jnp.where(real_1V, logits_BV, -jnp.inf), num)
     return token_BJ, best_BJ - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
+
+
+def following(model: Transformer, now: Any, token_B: jax.Array) -> jax.Array:
+    """float32 [B]: the log-probability of each token right after the state `now`."""
+    return of_tokens(model.logits(now.last_BD[:, None])[:, 0], token_B)
 
 
 def of_chunk(

@@ -36,6 +36,7 @@ class Row:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     unshown: str = ""
+    score: float | None = None  # of beam search
 
     def add(self, token: int, logprob: float, top: list, eos: tuple[int, ...]) -> None:
         """One more token; may end the row."""
@@ -64,6 +65,8 @@ class Row:
             "decode_seconds": self.decode_seconds,
             "tokens_per_second": len(self.tokens) / self.decode_seconds,
         }
+        if self.score is not None:
+            row["score"] = self.score
         if config.logprobs:
             row["logprobs"] = self.logprobs
         if config.top_logprobs:
@@ -71,6 +74,18 @@ class Row:
         if config.prompt_logprobs:
             row["prompt_logprobs"] = [None, *self.prompt_logprobs]
         return row
+
+
+@dataclasses.dataclass
+class Spent:
+    """Seconds of all batches so far."""
+
+    prefill: float = 0.0
+    decode: float = 0.0
+
+    def add(self, prefill: float, decode: float) -> None:
+        """One batch more."""
+        self.prefill, self.decode = self.prefill + prefill, self.decode + decode
 
 
 def read_rows(config: DecodeConfig, found: Found) -> list[Row]:

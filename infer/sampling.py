@@ -154,9 +154,10 @@ def _bias(hows: Sequence[Sampling]) -> Bias:
 
 
 def _table(lists: Sequence[Sequence[float]], fill: float) -> np.ndarray:
-    """[B, J]: lists of numbers, filled up to the longest."""
+    """[B, J]: lists of numbers, filled up to a power of 2: few widths are compiled for."""
     dtype = np.int32 if isinstance(fill, int) else np.float32
-    table_BJ = np.full((len(lists), max(map(len, lists))), fill, dtype)
+    width = 2 ** math.ceil(math.log2(max(map(len, lists))))
+    table_BJ = np.full((len(lists), width), fill, dtype)
     for row_J, numbers in zip(table_BJ, lists, strict=True):
         row_J[: len(numbers)] = numbers
     return table_BJ

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from core import cli
+from core import backend, cli
 from core.checkpoint import write_text
 from core.config import Experiment, UserError
 from core.sharding import MeshConfig, make_mesh, prefilling
@@ -41,6 +41,7 @@ def main(experiment: Experiment) -> list[dict]:
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
+    backend.keep_programs(experiment.workdir)
     with jax.set_mesh(make_mesh(experiment.mesh)):
         mesh = experiment.mesh
         model = load.restore(found, prefilling(mesh.strategy, mesh.ulysses, mesh.both_ways))

@@ -133,7 +133,7 @@ def advance(
         i, state, made = carry
         logits_BV = model.logits(state.prefilled.last_BD)
         logits_BV = jax.sharding.reshard(logits_BV, rows)
-        drawn = _draw(logits_BV, state, eos, vocab_size, top_logprobs, rules)
+        drawn = drawn_of(logits_BV, state, eos, vocab_size, top_logprobs, rules)
         token_B, active_B = drawn.tokens_BC, ~state.done_B
         drawn = drawn._replace(
             tokens_BC=jnp.where(active_B, token_B, -1),
@@ -147,7 +147,7 @@ def advance(
     return state, made, state.done_B.all()
 
 
-def _draw(
+def drawn_of(
     logits_BV: jax.Array,
     state: State,
     eos: tuple[int, ...],
@@ -182,16 +182,24 @@ def _add(
     length_B = state.length_B + limit_B
     prefilled = feed(model, state.prefilled, token_B, position_B, active_B, length_B)
     made_B = state.made_B + active_B
-    counts = state.counts
-    if counts is not None:
-        hit_BV = jnp.arange(counts.output_BV.shape[1])[None, :] == token_B[:, None]
-        counts = counts._replace(output_BV=counts.output_BV + (hit_BV & active_B[:, None]))
-    limited_B = made_B >= limit_B
-    ended_B = functools.reduce(operator.or_, (token_B == mark for mark in eos), limited_B)
+    ended_B = is_end(token_B, eos) | (made_B >= limit_B)
     return dataclasses.replace(
         state,
         prefilled=prefilled,
         made_B=made_B,
         done_B=state.done_B | ended_B,
-        counts=counts,
+        counts=counted(state.counts, token_B, active_B),
     )
+
+
+def is_end(token: jax.Array, eos: tuple[int, ...]) -> jax.Array:
+    """Whether each is a token of `eos`."""
+    return functools.reduce(operator.or_, (token == mark for mark in eos), token < 0)
+
+
+def counted(counts: Counts | None, token_B: jax.Array, active_B: jax.Array) -> Counts | None:
+    """With one token more in the output of each active row."""
+    if counts is None:
+        return None
+    hit_BV = jnp.arange(counts.output_BV.shape[1])[None, :] == token_B[:, None]
+    return counts._replace(output_BV=counts.output_BV + (hit_BV & active_B[:, None]))

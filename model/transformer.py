@@ -18,7 +18,8 @@ from core.config import UserError
 from core.sharding import Rules
 from model import rope
 from model.attention import local
-from model.attention.spec import Where
+from model.attention.decode import New
+from model.attention.spec import AttentionSpec, Where
 from model.block import Block, Norm
 from model.cache import KVCache
 from model.config import ModelConfig
@@ -80,8 +81,22 @@ class Transformer(nnx.Module):
         see what it holds, and must all belong to the one document that it holds. `length_B` is
         what each row's text will have come to, for RoPE that goes by it; so far, if not given.
         """
-        config, rules = self.config, self.rules
         at = Where(positions_BT, segments_BT)
+        hidden_BTD, new = self.read(tokens_BT, at, cache, length_B, remat)
+        if cache is None:
+            return hidden_BTD, None
+        return hidden_BTD, self.write(cache, new, at, hidden_BTD)
+
+    def read(
+        self,
+        tokens_BT: jax.Array,
+        at: Where,
+        cache: KVCache | None = None,
+        length_B: jax.Array | None = None,
+        remat: Remat = "none",
+    ) -> tuple[jax.Array, list[New]]:
+        """`__call__` that leaves the cache alone: (hidden [B, T, D], what `write` adds to it)."""
+        config, (positions_BT, segments_BT) = self.config, at
         x_BTD = self._embed(tokens_BT, positions_BT)
         # A dict, not a set: its order is the same in every process, so their programs are too.
         ropes = dict.fromkeys(
@@ -108,14 +123,35 @@ class Transformer(nnx.Module):
                 group = jax.checkpoint(group, policy=REMAT_POLICIES[remat], prevent_cse=False)
             x_BTD, kvs = _scan(group, x_BTD, blocks, layers)
             new, slot = new + (kvs or []), slot + len(blocks)
-        hidden_BTD = self.final_norm(x_BTD)
-        if cache is None:
-            return hidden_BTD, None
+        return self.final_norm(x_BTD), new
+
+    def write(self, cache: KVCache, new: list[New], at: Where, hidden_BTD: jax.Array) -> KVCache:
+        """The cache with tokens added that were read: those of segment 0 in `at` are not.
+
+        `at` may leave out any of the last tokens of a row.
+        """
         # A write that does not depend on the last read is done before it, on a copy of the whole
         # cache; a barrier is gone when XLA decides that. (And no NaN is kept for later tokens.)
         valid_BT = ~jnp.isnan(hidden_BTD[..., 0])
-        at = Where(positions_BT, segments_BT * valid_BT)
-        return hidden_BTD, cache.write(new, at, rules)
+        at = Where(at.positions_BT, at.segments_BT * valid_BT)
+        return cache.write(self._whole(cache, new, at), at, self.rules)
+
+    def _whole(self, cache: KVCache, new: list[New], at: Where) -> list[New]:
+        """`new` without the blocks that only tokens which are left out had made whole."""
+        end_BT = jnp.where(at.segments_BT > 0, at.positions_BT + 1, 0)
+        end_B1 = jnp.maximum(cache.seen_B, end_BT.max(axis=1))[:, None]
+        specs = [block.attention.spec for blocks in self.stages for block in blocks]
+
+        def whole(x: New, spec: AttentionSpec) -> New:
+            if x.blocks is None:
+                return x
+            size, step = (spec.compress, spec.step) if spec.kind == "nsa" else (spec.block,) * 2
+            number_LBE, segments_LBE = x.blocks.at
+            is_whole_LBE = number_LBE * step + size <= end_B1[None]
+            blocks = x.blocks._replace(at=Where(number_LBE, segments_LBE * is_whole_LBE))
+            return x._replace(blocks=blocks)
+
+        return [whole(x, spec) for x, spec in zip(new, specs, strict=True)]
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """[B, T, D] in the compute dtype."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-from core import cli, hardware, layout, tree
+from core import backend, cli, hardware, layout, tree
 from core.config import Experiment
 from core.metrics import MetricsWriter
 from core.sharding import MeshConfig, make_mesh
@@ -37,6 +37,7 @@ from train.step import Metrics, make_train_step
 
 def main(experiment: Experiment) -> None:
     """Trains `experiment` to its last step; prints bits per byte beside gzip's."""
+    backend.keep_programs(experiment.workdir)
     with jax.set_mesh(make_mesh(experiment.mesh)):
         data = Path(experiment.workdir, "data")
         train, validation = TokenStore(data, "train"), TokenStore(data, "validation")

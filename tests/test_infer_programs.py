@@ -1,0 +1,107 @@
+"""What infer compiles: each program once for a bucket of shapes, kept for the next start, and none
+that copies the cache.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import infer_cases as cases
+import jax
+import numpy as np
+import pytest
+from conftest import make_mesh
+
+from infer.engine import Engine, Plan
+from infer.programs import bucket
+from infer.sampling import Sampling, pack
+from model.attention.spec import full, sliding
+
+LENGTH, WINDOW = 262_144, 131_072
+GREEDY = pack([Sampling(temperature=0, max_tokens=4)])
+CONFIG = """
+from core.config import Experiment, editable
+from core.sharding import MeshConfig
+from infer.config import DecodeConfig
+
+def get_config(arg=""):
+    return editable(
+        Experiment("case", {workdir!r}, mesh=MeshConfig(), decode=DecodeConfig(temperature=0.0))
+    )
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(1, 16), (17, 32), (255, 256), (257, 288), (4096, 4096), (4097, 4608), (131_073, 147_456)],
+)
+def test_buckets(size, expected):
+    assert bucket(size) == expected
+
+
+def test_prompts_of_other_lengths_compile_nothing_more(one_device):
+    """40 to 48 tokens a row, in batches of one and of two rows, with 1 to 5 chunks each."""
+    model = cases.random_model(cases.model_config(num_layers=2))
+    plans = {Plan.of(2, prompt, 48 - prompt, 8)._replace(new=0) for prompt in (1, 7, 40)}
+    assert len(plans) == 1
+    engine = Engine(model, plans.pop())
+    for lengths, limits in (((3, 40), (9, 8)), ((1,), (5,)), ((16, 24), (12, 1))):
+        prompts = [np.arange(n, dtype=np.int32) for n in lengths]
+        packed = pack([Sampling(temperature=0, max_tokens=n) for n in limits])
+        state = engine.start(
+            engine.prefill(prompts, new=limits), prompts, [0] * len(prompts), packed
+        )
+        made = list(engine.decode(state, np.zeros(2, bool)))
+        assert sum((part.tokens_BC >= 0).sum() for part in made) == sum(limits)
+    assert sorted(name for name, *_ in engine.programs.compiled) == [
+        "advance", "empty", "extend", "keys",
+    ]  # fmt: skip
+
+
+SLOTS = {"full": (full(),), "ring": (sliding(WINDOW),), "both": (full(), sliding(WINDOW))}
+
+
+@pytest.mark.parametrize("seq", [1, 2])
+@pytest.mark.parametrize("slots", SLOTS)
+def test_the_cache_is_written_in_place(slots, seq):
+    """Every byte of it that a device holds is aliased, and nothing of its size is beside it."""
+    with jax.set_mesh(make_mesh((1, seq, 1))):
+        pattern = SLOTS[slots]
+        model = cases.random_model(cases.model_config(num_layers=2, pattern=pattern))
+        engine = Engine(model, Plan(1, LENGTH, 16))
+        prompt = [np.arange(5, dtype=np.int32)]
+        now = jax.block_until_ready(engine.prefill(prompt))
+        arrays = jax.tree.leaves(now.cache)
+        mine = sum(x.addressable_shards[0].data.nbytes for x in arrays)
+        least = min(x.addressable_shards[0].data.nbytes for x in arrays if x.ndim == 5)
+        engine.advance(engine.start(now, prompt, [0], GREEDY), np.zeros(1, bool))
+    for (name, *_), program in engine.programs.compiled.items():
+        if name in ("extend", "advance"):
+            memory = program.memory_analysis()
+            assert memory.alias_size_in_bytes >= mine
+            assert memory.temp_size_in_bytes < least / 4, name
+
+
+def test_a_second_start_reads_what_the_first_compiled(tmp_path):
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        cases.save(tmp_path, cases.model_config(num_layers=2))
+    (tmp_path / "case.py").write_text(CONFIG.format(workdir=str(tmp_path)))
+
+    def start(prompt, new, **environment):
+        command = [sys.executable, "-m", "infer.decode", f"--config={tmp_path / 'case.py'}"]
+        more = [f"--config.decode.prompt={prompt}", f"--config.decode.max_tokens={new}"]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
+        done = subprocess.run(command + more, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        kept = {path.name for path in (tmp_path / "programs").glob("*-cache")}
+        return kept, float(re.search(r"compilation ([\d.]+) s", done.stderr)[1])
+
+    kept, _ = start("a", 9, JAX_ENABLE_COMPILATION_CACHE="false")
+    assert not kept
+    kept, seconds = start("a", 9)
+    assert len(kept) >= 4
+    again, fewer = start("a b", 7)  # of the same bucket
+    assert again == kept and fewer < seconds / 2
+    assert Path(tmp_path, "programs").is_dir()

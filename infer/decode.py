@@ -27,6 +27,7 @@ from infer.load import Found
 from infer.rows import Row, read_rows
 from infer.sampling import Packed, Sampling, pack
 from infer.steps import Made
+from model.cache_form import Form
 
 
 def main(experiment: Experiment) -> list[dict]:
@@ -43,7 +44,7 @@ def main(experiment: Experiment) -> list[dict]:
         length = max(len(row.prompt.tokens) + row.how.max_tokens for row in rows)
         num_rows = min(config.batch_size, len(rows))
         plan = Plan.of(num_rows, longest, length - longest, config.prefill_chunk)
-        engine = Engine(model, plan, found.tokenizer, config.top_logprobs)
+        engine = Engine(model, plan, found.tokenizer, config.top_logprobs, Form.of(config))
         print(header(found, config, rows, tree.num_elements(model)), file=sys.stderr, flush=True)
         packed = pack([row.how for row in rows])
         show = Show(rows, config.stream)
@@ -146,6 +147,8 @@ def header(found: Found, config: DecodeConfig, rows: list[Row], num_parameters: 
         value = getattr(config, field.name)
         if field.name not in ("temperature", "max_tokens", "seed") and value != field.default:
             how.append(f"{field.name} {value}")
+    form = Form.of(config)
+    how += [f"cache {form.name}"] * (form != Form())
     own = sum(bool(row.prompt.settings) for row in rows)
     how += [f"seed {config.seed}"] + [f"{own} of {len(rows)} rows set their own"] * bool(own)
     return (

@@ -22,6 +22,8 @@ from infer.draw import Counts
 from infer.sampling import Packed
 from infer.steps import Made, Prefilled, State
 from model import cache, transformer
+from model.cache import PLAIN
+from model.cache_form import Form
 from model.transformer import Transformer
 
 
@@ -60,9 +62,13 @@ class Engine:
         plan: Plan,
         tokenizer: Tokenizer | None = None,
         top_logprobs: int = 0,
+        form: Form = PLAIN,
     ):
-        """`top_logprobs`: of how many of the likeliest tokens `Made` tells, at every step."""
-        self.model, self.plan = model, plan
+        """`top_logprobs`: of how many of the likeliest tokens `Made` tells, at every step.
+
+        `form` says how the cache keeps keys and values.
+        """
+        self.model, self.plan, self.form = model, plan, form
         # The same weights, under the rules by which new tokens come one at a time.
         one_by_one = transformer.abstract(model.config, sharding.decoding())
         self.decoder = tree.with_leaves(one_by_one, tree.named_leaves(model))
@@ -98,7 +104,7 @@ class Engine:
 
     def _empty(self) -> Prefilled:
         config, rules = self.model.config, self.model.rules
-        kv = cache.create(config, self.plan.batch, self.plan.length, rules)
+        kv = cache.create(config, self.plan.batch, self.plan.length, rules, self.form)
         shape = (self.plan.batch, config.embed_dim)
         zeros_BD = jnp.zeros(shape, config.compute_dtype, out_sharding=rules("batch", None))
         return Prefilled(kv, zeros_BD)

@@ -21,6 +21,7 @@ from core.sharding import MeshConfig, make_mesh, prefilling
 from infer import load, text
 from infer.config import ScoreConfig
 from infer.engine import Engine, Plan
+from model.cache_form import Form
 
 
 def main(experiment: Experiment) -> list[dict]:
@@ -46,7 +47,7 @@ def main(experiment: Experiment) -> list[dict]:
         model = load.restore(found, prefilling(mesh.strategy, mesh.ulysses, mesh.both_ways))
         size = min(config.batch_size, len(rows))
         plan = Plan.of(size, max(map(len, rows)), 0, config.prefill_chunk)
-        engine = Engine(model, plan)
+        engine = Engine(model, plan, form=Form.of(config))
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
         scores = [row_T for batch in batches for row_T in engine.score(batch)[1]]
     results = [result(row, score) for row, score in zip(rows, scores, strict=True)]

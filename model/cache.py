@@ -15,9 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from core.sharding import Rules, device_kind
+from model.attention import quantised
 from model.attention.decode import New, Shard, Stored
+from model.attention.quantised import Kept
 from model.attention.spec import AttentionSpec, Where
+from model.cache_form import BITS, Form, Numbers
 from model.config import ModelConfig
+
+PLAIN = Form()
 
 
 @jax.tree_util.register_dataclass
@@ -25,8 +30,8 @@ from model.config import ModelConfig
 class Slot:
     """Keys and values of the L layers of one pattern slot; room for S tokens a row, over shards."""
 
-    k_LBKSH: jax.Array
-    v_LBKSH: jax.Array
+    k_LBKSH: Kept
+    v_LBKSH: Kept
     positions_BS: jax.Array  # int32, -1 where nothing is stored
     sinks: int = dataclasses.field(default=0, metadata=dict(static=True))  # kept on each shard
     blocks: "Slot | None" = None  # of kinds that choose: the text's whole blocks, as its tokens
@@ -49,21 +54,31 @@ class Slot:
         def put(x_LBKSH, new_LBTKH):
             # Every dim but H is indexed. With a window over L and K a TPU would lay out the whole
             # cache anew for this write, and back for the next read.
-            L, _, K, _, _ = x_LBKSH.shape
+            L, _, K = x_LBKSH.shape[:3]
             layer, row, _, head = jnp.ogrid[:L, :B, :1, :K]
             place = layer, row, head, index_BT[None, :, :, None]
             return x_LBKSH.at[place].set(new_LBTKH.astype(x_LBKSH.dtype), mode="drop")
 
+        def add(held: Kept, new_LBTKH: jax.Array) -> Kept:
+            return jax.tree.map(put, held, quantised.like(new_LBTKH, held))
+
         place = jnp.arange(B)[:, None], index_BT
         positions_BS = self.positions_BS.at[place].set(at.positions_BT, mode="drop")
-        k_LBKSH, v_LBKSH = put(self.k_LBKSH, k_LBTKH), put(self.v_LBKSH, v_LBTKH)
+        k_LBKSH, v_LBKSH = add(self.k_LBKSH, k_LBTKH), add(self.v_LBKSH, v_LBTKH)
         return Slot(k_LBKSH, v_LBKSH, positions_BS, self.sinks, self.blocks)
 
     def sharding(self, rules: Rules) -> "Slot":
         """The PartitionSpec of each array."""
         kv = rules(None, "batch", "act_kv_heads", "kv_length", None)
         of_blocks = None if self.blocks is None else self.blocks.sharding(rules)
-        return Slot(kv, kv, rules("batch", "kv_length"), self.sinks, of_blocks)
+        k, v = (quantised.sharding(x, kv) for x in (self.k_LBKSH, self.v_LBKSH))
+        return Slot(k, v, rules("batch", "kv_length"), self.sinks, of_blocks)
+
+    @property
+    def token_bytes(self) -> int:
+        """Of the keys and values of one token, over layers and heads."""
+        kept = self.k_LBKSH, self.v_LBKSH
+        return sum(_bytes(x) // (x.shape[1] * x.shape[3]) for x in kept)
 
 
 @jax.tree_util.register_dataclass
@@ -169,40 +184,59 @@ def _blocks(spec: AttentionSpec, length: int) -> int:
     return max(0, (length - size) // step + 1) if spec.top else 0
 
 
-def kv_bytes(config: ModelConfig, batch: int, length: int, rules: Rules) -> int:
+def _bytes(kept: Kept) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
+
+
+def kv_bytes(config: ModelConfig, batch: int, length: int, rules: Rules, form: Form = PLAIN) -> int:
     """Bytes of keys and values that `create` allocates, over all devices."""
-    planned = jax.eval_shape(lambda: create(config, batch, length, rules))
-    arrays = (x for x in jax.tree.leaves(planned.slots) if x.ndim == 5)
-    return sum(x.size * x.dtype.itemsize for x in arrays)
+    planned = jax.eval_shape(lambda: create(config, batch, length, rules, form))
+    slots = [x for slot in planned.slots for x in (slot, slot.blocks) if x is not None]
+    return sum(_bytes(x.k_LBKSH) + _bytes(x.v_LBKSH) for x in slots)
 
 
-def create(config: ModelConfig, batch: int, length: int, rules: Rules) -> KVCache:
-    """An empty cache for `batch` rows of up to `length` tokens.
+def create(
+    config: ModelConfig, batch: int, length: int, rules: Rules, form: Form = PLAIN
+) -> KVCache:
+    """An empty cache of this form for `batch` rows of up to `length` tokens.
 
-    In the compute dtype, but on CPUs in float32: XLA multiplies that where it lies, and widens
-    the whole of what is narrower for each token (docs/performance.md).
+    What is not quantised has the compute dtype, but on CPUs float32: XLA multiplies that where it
+    lies, and widens the whole of what is narrower for each token (docs/performance.md).
     """
     kv = rules(None, "batch", "act_kv_heads", "kv_length", None)
     shards = rules.size("kv_length")
     dtype = jnp.float32 if device_kind() == "cpu" else config.compute_dtype
 
-    def slot(layers: int, sinks: int, size: int, K: int, widths: tuple[int, int], dtype) -> Slot:
+    def kept(shape: tuple[int, ...], kind: Numbers) -> Kept:
+        if kind == "compute":
+            return jnp.zeros(shape, dtype, out_sharding=kv)
+        return quantised.zeros(shape, BITS[kind], kv)
+
+    def slot(layers: int, sinks: int, size: int, spec: AttentionSpec, make) -> Slot:
         size *= shards
-        shape = layers, batch, max(K, rules.size("act_kv_heads")), size
-        k, v = (jnp.zeros((*shape, width), dtype, out_sharding=kv) for width in widths)
+        K, H = config.kv_shape(spec)
+        k, v = make((layers, batch, max(K, rules.size("act_kv_heads")), size, H))
         sharding = rules("batch", "kv_length")
         at = jnp.full((batch, size), -1, jnp.int32, out_sharding=sharding)
         return Slot(k, v, at, sinks)
 
+    def tokens(shape):
+        return kept(shape, form.k_cache), kept(shape, form.v_cache)
+
+    def compressed(shape):
+        return kept(shape, "compute"), kept(shape, "compute")
+
+    def means(shape):  # of keys alone, by which MoBA chooses in float32
+        shapes = shape, (*shape[:-1], 0)
+        return tuple(jnp.zeros(shape, jnp.float32, out_sharding=kv) for shape in shapes)
+
     def with_blocks(sizes: tuple[int, int, int], spec: AttentionSpec) -> Slot:
-        K, H = config.kv_shape(spec)
-        tokens = slot(*sizes, K, (H, H), dtype)
+        made = slot(*sizes, spec, tokens)
         if not spec.top:
-            return tokens
+            return made
         each = max(1, math.ceil(_blocks(spec, length) / shards))
-        # MoBA has means alone, and chooses by them in float32.
-        how = ((H, H), dtype) if spec.kind == "nsa" else ((H, 0), jnp.float32)
-        return dataclasses.replace(tokens, blocks=slot(sizes[0], 0, each, K, *how))
+        of_block = compressed if spec.kind == "nsa" else means
+        return dataclasses.replace(made, blocks=slot(sizes[0], 0, each, spec, of_block))
 
     specs = [spec for slots, _ in config.stages for spec in slots]
     sizes = slot_sizes(config, length, shards)

@@ -34,6 +34,7 @@ def main(experiment: Experiment) -> list[dict]:
     """Decodes what the `decode` section asks for; the rows of its output."""
     config: DecodeConfig = experiment.decode
     found = load.find(config.checkpoint or experiment.workdir, config.step)
+    Form.of(config).apply(found.config)  # refuses what cannot be
     rows = read_rows(config, found)
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)

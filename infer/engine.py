@@ -66,9 +66,11 @@ class Engine:
     ):
         """`top_logprobs`: of how many of the likeliest tokens `Made` tells, at every step.
 
-        `form` says how the cache keeps keys and values.
+        `form` says how the cache keeps keys and values, and how it is read.
         """
-        self.model, self.plan, self.form = model, plan, form
+        as_read = transformer.abstract(form.apply(model.config), model.rules)
+        self.model = model = tree.with_leaves(as_read, tree.named_leaves(model))
+        self.plan, self.form = plan, form
         # The same weights, under the rules by which new tokens come one at a time.
         one_by_one = transformer.abstract(model.config, sharding.decoding())
         self.decoder = tree.with_leaves(one_by_one, tree.named_leaves(model))

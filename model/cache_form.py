@@ -6,7 +6,9 @@ Form(k_cache="int8", v_cache="int4")
 import dataclasses
 from typing import Literal
 
-from core.config import Section, setting
+from core.config import Section, Unsupported, UserError, setting
+from model.attention.spec import AttentionSpec
+from model.config import ModelConfig
 
 Numbers = Literal["compute", "int8", "int4"]
 BITS = {"int8": 8, "int4": 4}
@@ -20,6 +22,19 @@ class Form(Section):
         "compute", "keys are kept so; int8 and int4 with a scale for each vector of a head"
     )
     v_cache: Numbers = setting("compute", "values are kept so")
+    cache_window: int = setting(
+        0, "layers that see further see so many tokens, in texts of any length; 0 is off", low=0
+    )
+    cache_sinks: int = setting(
+        0, "with cache_window: first tokens that stay in sight; StreamingLLM has 4", low=0
+    )
+
+    def check(self) -> None:
+        if self.cache_sinks and not self.cache_window:
+            raise UserError(
+                f"cache_sinks={self.cache_sinks} with cache_window=0: sinks stay in sight beside "
+                "a window; set cache_window too"
+            )
 
     @classmethod
     def of(cls, section: "Form") -> "Form":
@@ -29,7 +44,42 @@ class Form(Section):
     @property
     def name(self) -> str:
         """For tables: "int8", "k8v4"; "plain" if nothing is special."""
-        return ", ".join(filter(None, (self._numbers,))) or "plain"
+        stream = f"stream {self.cache_window}+{self.cache_sinks}" * bool(self.cache_window)
+        return ", ".join(filter(None, (self._numbers, stream))) or "plain"
+
+    def apply(self, model: ModelConfig) -> ModelConfig:
+        """The model as this cache is read: the same weights; Unsupported if it cannot be so."""
+        if not self.cache_window:
+            return model
+        if model.learned_positions:
+            raise Unsupported(
+                f"cache_window={self.cache_window} with model.learned_positions: texts without "
+                "end need a position for each token, and the model has learned model.context="
+                f"{model.context} of them; set cache_window=0"
+            )
+        pattern = tuple(self._streamed(spec) for spec in model.pattern)
+        return dataclasses.replace(model, pattern=pattern)
+
+    def _streamed(self, spec: AttentionSpec) -> AttentionSpec:
+        """Layers that keep no more than the window anyway stay as they are."""
+        kept = spec.mask.kept
+        if kept and (spec.kind != "sliding" or kept <= self.cache_window + self.cache_sinks):
+            return spec
+        if spec.kind not in ("full", "sliding"):
+            raise Unsupported(
+                f"cache_window={self.cache_window} with kind={spec.kind!r} in model.pattern: it "
+                "sees by where tokens stand in the text, not how far back; set cache_window=0"
+            )
+        if spec.rope is not None and spec.rope.by_length:
+            raise Unsupported(
+                f"cache_window={self.cache_window} with scaling={spec.rope.scaling!r} in "
+                "model.pattern: its frequencies go by the length of the text, which has no end; "
+                "set cache_window=0"
+            )
+        window = dict(kind="sliding", window=self.cache_window)
+        if self.cache_sinks:
+            window |= dict(kind="stream", sinks=self.cache_sinks)
+        return dataclasses.replace(spec.everywhere(), **window)
 
     @property
     def _numbers(self) -> str:

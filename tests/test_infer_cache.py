@@ -1,4 +1,4 @@
-"""Every kind of cache at work: log-probabilities through chunks and steps against one forward pass."""
+"""Every kind of cache at work: log-probabilities in chunks and steps against one forward pass."""
 
 import functools
 
@@ -26,7 +26,10 @@ def expected(config):
     with jax.set_mesh(make_mesh((1, 1, 1))):
         model = cases.random_model(config)
         logprobs = [jax.nn.log_softmax(cases.full_logits(model, row)) for row in ROWS]
-        return [np.asarray(x)[np.arange(len(x) - 1), row[1:]] for x, row in zip(logprobs, ROWS)]
+        return [
+            np.asarray(x)[np.arange(len(x) - 1), row[1:]]
+            for x, row in zip(logprobs, ROWS, strict=True)
+        ]
 
 
 def error(config, form, sizes=(1, 1, 1), chunk=5):

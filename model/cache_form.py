@@ -4,6 +4,7 @@ Form(k_cache="int8", v_cache="int4")
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 from core.config import Section, Unsupported, UserError, setting
@@ -28,12 +29,22 @@ class Form(Section):
     cache_sinks: int = setting(
         0, "with cache_window: first tokens that stay in sight; StreamingLLM has 4", low=0
     )
+    cache_pages: int = setting(
+        0, "a new token reads so many pages of full layers, the likeliest (Quest); 0 is all", low=0
+    )
+    cache_page: int = setting(16, "with cache_pages: neighbouring tokens that make a page", low=1)
 
     def check(self) -> None:
         if self.cache_sinks and not self.cache_window:
             raise UserError(
                 f"cache_sinks={self.cache_sinks} with cache_window=0: sinks stay in sight beside "
                 "a window; set cache_window too"
+            )
+
+        if self.cache_pages and self.cache_window:
+            raise UserError(
+                f"cache_pages={self.cache_pages} with cache_window={self.cache_window}: pages are "
+                "chosen from the whole text, of which a window keeps the end; set one of them to 0"
             )
 
     @classmethod
@@ -45,10 +56,26 @@ class Form(Section):
     def name(self) -> str:
         """For tables: "int8", "k8v4"; "plain" if nothing is special."""
         stream = f"stream {self.cache_window}+{self.cache_sinks}" * bool(self.cache_window)
-        return ", ".join(filter(None, (self._numbers, stream))) or "plain"
+        quest = f"quest {self.cache_pages}x{self.cache_page}" * bool(self.cache_pages)
+        return ", ".join(filter(None, (self._numbers, stream, quest))) or "plain"
+
+    def pages(self, shards: int) -> int:
+        """Pages that each shard of the length reads."""
+        return math.ceil(self.cache_pages / shards)
+
+    def reads_pages(self, spec: AttentionSpec, whole: int, shards: int) -> bool:
+        """Whether a shard with `whole` tokens of a text is read in part, and not all of it."""
+        several = whole > self.pages(shards) * self.cache_page
+        return bool(self.cache_pages) and spec.kind == "full" and several
 
     def apply(self, model: ModelConfig) -> ModelConfig:
         """The model as this cache is read: the same weights; Unsupported if it cannot be so."""
+        if self.cache_pages and all(spec.kind != "full" for spec in model.pattern):
+            kinds = ", ".join(sorted({spec.kind for spec in model.pattern}))
+            raise Unsupported(
+                f"cache_pages={self.cache_pages} with model.pattern of kind {kinds}: pages are "
+                "chosen in layers of kind='full', and there is none; set cache_pages=0"
+            )
         if not self.cache_window:
             return model
         if model.learned_positions:

@@ -1,5 +1,6 @@
 """New queries over a cache: key blocks in a loop as long as the cache is full, merged by lse."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -17,6 +18,27 @@ BLOCK = 512  # keys a step: scores of one query and 32 heads stay in cache
 FEW = 8  # queries at a time, for which the scores of all keys fit beside these
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """Of each page of neighbouring slots, the lowest and highest number of a key's channel."""
+
+    low_LBKZH: jax.Array  # the highest number there is where nothing is stored
+    high_LBKZH: jax.Array  # the lowest
+    page: int = dataclasses.field(metadata=dict(static=True))  # tokens
+    count: int = dataclasses.field(metadata=dict(static=True))  # pages that a shard reads
+
+    def add(self, k_LBTKH: jax.Array, index_BT: jax.Array) -> "Pages":
+        """With these keys, in slots `index`; those beyond the pages are dropped."""
+        L, B, K, _, _ = self.low_LBKZH.shape
+        layer, row, _, head = jnp.ogrid[:L, :B, :1, :K]
+        place = layer, row, head, (index_BT // self.page)[None, :, :, None]
+        k_LBTKH = k_LBTKH.astype(self.low_LBKZH.dtype)
+        low_LBKZH = self.low_LBKZH.at[place].min(k_LBTKH, mode="drop")
+        high_LBKZH = self.high_LBKZH.at[place].max(k_LBTKH, mode="drop")
+        return dataclasses.replace(self, low_LBKZH=low_LBKZH, high_LBKZH=high_LBKZH)
+
+
 class Stored(NamedTuple):
     """One layer's view of a stacked cache; the layers are not copied apart."""
 
@@ -26,6 +48,7 @@ class Stored(NamedTuple):
     layer: jax.Array  # int32, which of the L layers
     live_B: jax.Array  # int32, slots 0..live-1 of the row may hold something
     blocks: "Stored | None" = None  # the text's whole blocks, for kinds that choose among them
+    pages: Pages | None = None  # of a cache of which new tokens read a part (quest.py)
 
     def sharding(self, rules: Rules) -> "Stored":
         """The PartitionSpec of each field."""
@@ -33,7 +56,8 @@ class Stored(NamedTuple):
         of_blocks = None if self.blocks is None else self.blocks.sharding(rules)
         k, v = (quantised.sharding(x, kv) for x in self[:2])
         at, rows = rules("batch", "kv_length"), rules("batch")
-        return Stored(k, v, at, PartitionSpec(), rows, of_blocks)
+        pages = jax.tree.map(lambda _: kv, self.pages)
+        return Stored(k, v, at, PartitionSpec(), rows, of_blocks, pages)
 
 
 class New(NamedTuple):

@@ -85,8 +85,8 @@ def advance(
 
     def step(carry):
         i, state = carry
-        last_B1D = state.prefilled.last_BD[:, None]
-        logits_BV = jax.sharding.reshard(model.logits(last_B1D)[:, 0], rules("batch", None))
+        logits_BV = model.logits(state.prefilled.last_BD)
+        logits_BV = jax.sharding.reshard(logits_BV, rules("batch", None))
         texts = state.beams, state.finished, state.limit_B, state.done_B
         one_shard = functools.partial(
             _choose, beams=beams, penalty=penalty, eos=eos, vocab_size=vocab_size

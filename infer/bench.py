@@ -34,6 +34,7 @@ from infer.sampling import Sampling, pack
 from infer.steps import STEPS, Prefilled
 from model import cache, flops, transformer
 from model.cache import KVCache
+from model.cache_form import Form
 from model.config import ModelConfig
 from model.transformer import Transformer
 
@@ -128,7 +129,7 @@ def sweep(model: Transformer, attention: str, config: BenchConfig) -> Iterator[d
     model.config.check_length("bench.contexts with the tokens decoded", contexts[-1] + room)
     chunk = min(config.prefill_chunk, contexts[0])
     plan = Plan.of(config.batch_size, contexts[-1], room, chunk)
-    engine = Engine(model, plan)
+    engine = Engine(model, plan, form=Form.of(config))
     shape = (plan.batch, contexts[-1])
     tokens_BT = np.random.default_rng(0).integers(0, model.config.vocab_size, shape, np.int32)
     jax.block_until_ready(engine.prefill(tokens_BT[:, : plan.chunk]))  # compiles and warms up
@@ -163,7 +164,7 @@ def report_row(
     """The measured row; None is what is not known here."""
     config, batch = engine.model.config, engine.plan.batch
     rules = engine.model.rules
-    theory = cache.kv_bytes(config, batch, context, rules)
+    theory = cache.kv_bytes(config, batch, context, rules, engine.form)
     shards = math.prod(rules.size(name) for name in ("batch", "kv_length", "act_kv_heads"))
     on_device = theory * device_bytes(kv.slots) // tree.num_bytes(kv.slots)
     tokens = batch * context
@@ -190,12 +191,7 @@ def report_row(
 
 def live_bytes(kv: KVCache) -> int:
     """Bytes of the keys and values of all tokens that the cache holds."""
-    total = 0
-    for slot in kv.slots:
-        layers, _, heads, _, head_dim = slot.k_LBKSH.shape
-        held = int((slot.positions_BS >= 0).sum())
-        total += 2 * held * layers * heads * head_dim * slot.k_LBKSH.dtype.itemsize
-    return total
+    return sum(int((slot.positions_BS >= 0).sum()) * slot.token_bytes for slot in kv.slots)
 
 
 def device_bytes(arrays: Any) -> int:

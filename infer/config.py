@@ -5,12 +5,13 @@ DecodeConfig(prompt="Once", max_tokens=64, temperature=0.8, top_p=0.95)
 
 import dataclasses
 
-from core.config import Section, UserError, setting
+from core.config import UserError, setting
 from infer.sampling import Sampling
+from model.cache_form import Form
 
 
 @dataclasses.dataclass(frozen=True)
-class DecodeConfig(Sampling):
+class DecodeConfig(Sampling, Form):
     """What `python -m infer.decode` continues, and how."""
 
     checkpoint: str = setting("", "a bundle; empty is the workdir")
@@ -41,6 +42,7 @@ class DecodeConfig(Sampling):
 
     def check(self) -> None:
         Sampling.check(self)
+        Form.check(self)
         if self.prompt and self.prompts:
             raise UserError(f"prompt={self.prompt!r} and prompts={self.prompts!r}: give one")
         if self.draft and not self.speculate:
@@ -52,7 +54,7 @@ class DecodeConfig(Sampling):
 
 
 @dataclasses.dataclass(frozen=True)
-class ScoreConfig(Section):
+class ScoreConfig(Form):
     """What `python -m infer.score` reads."""
 
     checkpoint: str = setting("", "a bundle; empty is the workdir")
@@ -64,7 +66,7 @@ class ScoreConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchConfig(Section):
+class BenchConfig(Form):
     """The context-window sweep of `python -m infer.bench`: speed and memory, not quality."""
 
     checkpoint: str = setting("", "a bundle; empty is the workdir, or random weights")
@@ -78,5 +80,6 @@ class BenchConfig(Section):
     output: str = setting("", "a folder; empty is WORKDIR/bench")
 
     def check(self) -> None:
+        Form.check(self)
         if not self.contexts:
             raise UserError("contexts=() is empty: give at least one")

@@ -28,12 +28,14 @@ from infer.rows import Row, Spent, read_rows
 from infer.sampling import Packed, Sampling, pack
 from infer.speculate import Speculator
 from infer.steps import Made
+from model.cache_form import Form
 
 
 def main(experiment: Experiment) -> list[dict]:
     """Decodes what the `decode` section asks for; the rows of its output."""
     config: DecodeConfig = experiment.decode
     found = load.find(config.checkpoint or experiment.workdir, config.step)
+    Form.of(config).apply(found.config)  # refuses what cannot be
     rows = read_rows(config, found)
     beam.check(config, rows, (found.tokenizer or found.config).vocab_size)
     found_draft = speculate.find_draft(config, found, rows)
@@ -51,7 +53,7 @@ def main(experiment: Experiment) -> list[dict]:
             asked = beam.asked(rows, config.beams)
             at_once = beam.at_once(config.batch_size, len(asked) // config.beams, config.beams)
         plan = Plan.of(at_once, longest, length - longest, config.prefill_chunk)
-        engine = Engine(model, plan, found.tokenizer, config.top_logprobs)
+        engine = Engine(model, plan, found.tokenizer, config.top_logprobs, Form.of(config))
         print(header(found, config, rows, tree.num_elements(model)), file=sys.stderr, flush=True)
         packed = pack([row.how for row in rows])
         show, spent = Show(rows, config.stream), Spent()
@@ -179,6 +181,8 @@ def header(found: Found, config: DecodeConfig, rows: list[Row], num_parameters: 
         value = getattr(config, field.name)
         if field.name not in ("temperature", "max_tokens", "seed") and value != field.default:
             how.append(f"{field.name} {value}")
+    form = Form.of(config)
+    how += [f"cache {form.name}"] * (form != Form())
     own = sum(bool(row.prompt.settings) for row in rows)
     how += [f"seed {config.seed}"] + [f"{own} of {len(rows)} rows set their own"] * bool(own)
     return (

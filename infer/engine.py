@@ -24,6 +24,8 @@ from infer.programs import Programs, bucket
 from infer.sampling import Packed
 from infer.steps import Made, Prefilled, State
 from model import cache, transformer
+from model.cache import PLAIN
+from model.cache_form import Form
 from model.transformer import Transformer
 
 
@@ -66,13 +68,17 @@ class Engine:
         plan: Plan,
         tokenizer: Tokenizer | None = None,
         top_logprobs: int = 0,
+        form: Form = PLAIN,
         programs: Programs | None = None,
     ):
         """`top_logprobs`: of how many of the likeliest tokens `Made` tells, at every step.
 
-        `programs` are those of an engine for the same plan and another model, which it shares.
+        `form` says how the cache keeps keys and values, and how it is read. `programs` are those
+        of an engine for the same plan and another model, which it shares.
         """
-        self.model, self.plan = model, plan
+        as_read = transformer.abstract(form.apply(model.config), model.rules)
+        self.model = model = tree.with_leaves(as_read, tree.named_leaves(model))
+        self.plan, self.form = plan, form
         # The same weights, under the rules by which new tokens come one at a time.
         one_by_one = transformer.abstract(model.config, sharding.decoding())
         self.decoder = tree.with_leaves(one_by_one, tree.named_leaves(model))
@@ -117,7 +123,7 @@ class Engine:
 
     def _empty(self) -> Prefilled:
         config, rules = self.model.config, self.model.rules
-        kv = cache.create(config, self.plan.batch, self.plan.length, rules)
+        kv = cache.create(config, self.plan.batch, self.plan.length, rules, self.form)
         shape = (self.plan.batch, config.embed_dim)
         zeros_BD = jnp.zeros(shape, config.compute_dtype, out_sharding=rules("batch", None))
         return Prefilled(kv, zeros_BD)

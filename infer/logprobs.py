@@ -30,7 +30,7 @@ def likeliest(logits_BV: jax.Array, vocab_size: int, num: int) -> tuple[jax.Arra
 
 def following(model: Transformer, now: Any, token_B: jax.Array) -> jax.Array:
     """float32 [B]: the log-probability of each token right after the state `now`."""
-    return of_tokens(model.logits(now.last_BD[:, None])[:, 0], token_B)
+    return of_tokens(model.logits(now.last_BD), token_B)
 
 
 def of_chunk(
@@ -60,5 +60,7 @@ def of_chunk(
         return of_tokens(model.logits(hidden_BCD), targets_BC)
 
     logprobs_ZBC = jax.lax.map(some, (split(hidden_BTD), split(targets_BT)))
-    logprobs_BPZ = jnp.moveaxis(logprobs_ZBC.reshape(-1, B, P, size), 0, 2)
+    of_shard = rules(None, "batch", "length", None)
+    logprobs_ZBPC = jnp.reshape(logprobs_ZBC, (-1, B, P, size), out_sharding=of_shard)
+    logprobs_BPZ = jnp.moveaxis(logprobs_ZBPC, 0, 2)
     return cache.collect(logprobs_BPZ.reshape(B, T), start, rules)

@@ -16,6 +16,7 @@ from infer.config import DecodeConfig
 from infer.load import Found
 from infer.sampling import Sampling
 from infer.text import Prompt, Writer
+from model.cache_form import Form
 
 SHOWN = 40  # characters of a prompt in errors
 
@@ -104,7 +105,7 @@ def read_rows(config: DecodeConfig, found: Found) -> list[Row]:
     rows = []
     for prompt in prompts:
         how = settings(config, prompt)
-        check(how, prompt, found)
+        check(how, prompt, found, Form.of(config))
         rows += [Row(prompt, how, i, writer(prompt, how, tokenizer)) for i in range(how.n)]
     return rows
 
@@ -132,7 +133,7 @@ def _pairs(bias: Mapping[str, Any]) -> list[tuple[int, Any]]:
     return [(int(token), value) for token, value in bias.items()]
 
 
-def check(how: Sampling, prompt: Prompt, found: Found) -> None:
+def check(how: Sampling, prompt: Prompt, found: Found, form: Form) -> None:
     """UserError where settings do not go with the prompt, the model or its vocabulary."""
     tokenizer, context = found.tokenizer, found.config.context
     if how.stop and tokenizer is None:
@@ -140,12 +141,13 @@ def check(how: Sampling, prompt: Prompt, found: Found) -> None:
             f"{prompt.where}: stop={how.stop!r}, but the bundle has no tokenizer, hence no text"
         )
     room = context - len(prompt.tokens)
-    if room < how.max_tokens:
+    if room < how.max_tokens and not form.cache_window:
         remedy = f"set it to {room} or less" if room > 0 else "shorten the prompt"
         raise UserError(
             f"{prompt.where} has {len(prompt.tokens)} tokens, and with max_tokens="
             f"{how.max_tokens} that is more than model.context={context}: {remedy}, or train for "
-            "a longer context (configs/finetune.py, with RoPE scaling in model.pattern)"
+            "a longer context (configs/finetune.py, with RoPE scaling in model.pattern), or set "
+            "decode.cache_window, which needs none"
         )
     _check_tokens(how, prompt.where, (tokenizer or found.config).vocab_size, tokenizer)
 

@@ -21,6 +21,7 @@ from core.sharding import MeshConfig, make_mesh, prefilling
 from infer import load, text
 from infer.config import ScoreConfig
 from infer.engine import Engine, Plan
+from model.cache_form import Form
 
 
 def main(experiment: Experiment) -> list[dict]:
@@ -29,14 +30,16 @@ def main(experiment: Experiment) -> list[dict]:
     if not config.input:
         raise UserError("score.input is empty: name a .jsonl or a .txt, or - for stdin")
     found = load.find(config.checkpoint or experiment.workdir, config.step)
+    form = Form.of(config)
+    form.apply(found.config)  # refuses what cannot be
     vocab_size = (found.tokenizer or found.config).vocab_size
     prompts = text.read(config.input, "score.input", found.tokenizer, vocab_size)
     rows = [prompt.tokens for prompt in prompts]
     for number, row in enumerate(rows, 1):
-        if len(row) > found.config.context:
+        if len(row) > found.config.context and not config.cache_window:
             raise UserError(
                 f"score.input={config.input}: text {number} has {len(row)} tokens, more than "
-                f"model.context={found.config.context}: shorten it"
+                f"model.context={found.config.context}: shorten it, or set score.cache_window"
             )
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +50,7 @@ def main(experiment: Experiment) -> list[dict]:
         model = load.restore(found, prefilling(mesh.strategy, mesh.ulysses, mesh.both_ways))
         size = min(config.batch_size, len(rows))
         plan = Plan.of(size, max(map(len, rows)), 0, config.prefill_chunk)
-        engine = Engine(model, plan)
+        engine = Engine(model, plan, form=form)
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
         scores = [row_T for batch in batches for row_T in engine.score(batch)[1]]
     results = [result(row, score) for row, score in zip(rows, scores, strict=True)]

@@ -54,9 +54,7 @@ def begin(
 ) -> tuple[Guessing, Made]:
     """The first token of each row, from the state after its prompt."""
     rules, eos = model.rules, static["eos"]
-    logits_BV = jax.sharding.reshard(
-        model.logits(state.prefilled.last_BD[:, None])[:, 0], rules("batch", None)
-    )
+    logits_BV = jax.sharding.reshard(model.logits(state.prefilled.last_BD), rules("batch", None))
     drawn = steps.drawn_of(logits_BV, state, rules=rules, **static)
     drawn = jax.tree.map(lambda x_B: x_B[:, None], drawn)
     token_B1, active_B1 = drawn.tokens_BC, ~state.done_B[:, None]

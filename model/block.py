@@ -15,6 +15,7 @@ from model.attention import nsa
 from model.attention.attend import attend
 from model.attention.cached import attend_cached
 from model.attention.cached_chosen import moba_cached, nsa_cached
+from model.attention.cached_stream import stream_cached
 from model.attention.decode import New, Stored
 from model.attention.spec import AttentionSpec, Heads, Where
 from model.linear import add, project
@@ -135,6 +136,8 @@ class Attention(nnx.Module):
             out_BTNH, of_blocks = self.branches(x_BTD, qkv, at, cache)
         elif cache is None:
             out_BTNH = attend(*qkv, at, self.spec, **how)
+        elif self.spec.kind == "stream":
+            out_BTNH = stream_cached(*qkv, at, cache, self.spec, **how)
         elif self.spec.kind == "moba":
             out_BTNH, of_blocks = moba_cached(*qkv, at, cache, self.spec, **how)
         else:

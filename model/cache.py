@@ -14,10 +14,16 @@ import math
 import jax
 import jax.numpy as jnp
 
+from core import tree
 from core.sharding import Rules, device_kind
-from model.attention.decode import New, Shard, Stored
+from model.attention import quantised
+from model.attention.decode import New, Pages, Shard, Stored
+from model.attention.quantised import Kept
 from model.attention.spec import AttentionSpec, Where
+from model.cache_form import BITS, Form, Numbers
 from model.config import ModelConfig
+
+PLAIN = Form()
 
 
 @jax.tree_util.register_dataclass
@@ -25,11 +31,12 @@ from model.config import ModelConfig
 class Slot:
     """Keys and values of the L layers of one pattern slot; room for S tokens a row, over shards."""
 
-    k_LBKSH: jax.Array
-    v_LBKSH: jax.Array
+    k_LBKSH: Kept
+    v_LBKSH: Kept
     positions_BS: jax.Array  # int32, -1 where nothing is stored
     sinks: int = dataclasses.field(default=0, metadata=dict(static=True))  # kept on each shard
     blocks: "Slot | None" = None  # of kinds that choose: the text's whole blocks, as its tokens
+    pages: Pages | None = None  # of a cache of which new tokens read a part
 
     def write(
         self, k_LBTKH: jax.Array, v_LBTKH: jax.Array, at: Where, seen_B: jax.Array, shard: Shard
@@ -49,21 +56,33 @@ class Slot:
         def put(x_LBKSH, new_LBTKH):
             # Every dim but H is indexed. With a window over L and K a TPU would lay out the whole
             # cache anew for this write, and back for the next read.
-            L, _, K, _, _ = x_LBKSH.shape
+            L, _, K = x_LBKSH.shape[:3]
             layer, row, _, head = jnp.ogrid[:L, :B, :1, :K]
             place = layer, row, head, index_BT[None, :, :, None]
             return x_LBKSH.at[place].set(new_LBTKH.astype(x_LBKSH.dtype), mode="drop")
 
+        def add(held: Kept, new_LBTKH: jax.Array) -> Kept:
+            return jax.tree.map(put, held, quantised.like(new_LBTKH, held))
+
         place = jnp.arange(B)[:, None], index_BT
         positions_BS = self.positions_BS.at[place].set(at.positions_BT, mode="drop")
-        k_LBKSH, v_LBKSH = put(self.k_LBKSH, k_LBTKH), put(self.v_LBKSH, v_LBTKH)
-        return Slot(k_LBKSH, v_LBKSH, positions_BS, self.sinks, self.blocks)
+        k_LBKSH, v_LBKSH = add(self.k_LBKSH, k_LBTKH), add(self.v_LBKSH, v_LBTKH)
+        pages = None if self.pages is None else self.pages.add(k_LBTKH, index_BT)
+        return Slot(k_LBKSH, v_LBKSH, positions_BS, self.sinks, self.blocks, pages)
 
     def sharding(self, rules: Rules) -> "Slot":
         """The PartitionSpec of each array."""
         kv = rules(None, "batch", "act_kv_heads", "kv_length", None)
         of_blocks = None if self.blocks is None else self.blocks.sharding(rules)
-        return Slot(kv, kv, rules("batch", "kv_length"), self.sinks, of_blocks)
+        k, v = (quantised.sharding(x, kv) for x in (self.k_LBKSH, self.v_LBKSH))
+        pages = jax.tree.map(lambda _: kv, self.pages)
+        return Slot(k, v, rules("batch", "kv_length"), self.sinks, of_blocks, pages)
+
+    @property
+    def token_bytes(self) -> int:
+        """Of the keys and values of one token, over layers and heads."""
+        kept = self.k_LBKSH, self.v_LBKSH
+        return sum(tree.num_bytes(x) // (x.shape[1] * x.shape[3]) for x in kept)
 
 
 @jax.tree_util.register_dataclass
@@ -80,7 +99,7 @@ class KVCache:
         def stored(slot: Slot) -> Stored:
             of_blocks = None if slot.blocks is None else stored(slot.blocks)
             arrays = slot.k_LBKSH, slot.v_LBKSH, slot.positions_BS
-            return Stored(*arrays, layer, self.seen_B, of_blocks)
+            return Stored(*arrays, layer, self.seen_B, of_blocks, slot.pages)
 
         return stored(self.slots[slot])
 
@@ -149,7 +168,9 @@ def collect(x_BT: jax.Array, start: jax.Array, rules: Rules) -> jax.Array:
     return jnp.moveaxis(x_BPT, 1, 2).reshape(B, T)
 
 
-def slot_sizes(config: ModelConfig, length: int, shards: int) -> list[tuple[int, int, int]]:
+def slot_sizes(
+    config: ModelConfig, length: int, shards: int, form: Form = PLAIN
+) -> list[tuple[int, int, int]]:
     """(layers, sinks, tokens kept with them), on each shard, of each slot for texts of `length`."""
     whole = math.ceil(length / shards)
     sizes = []
@@ -159,7 +180,10 @@ def slot_sizes(config: ModelConfig, length: int, shards: int) -> list[tuple[int,
             # A shard has up to 1 / P, rounded up, of any tokens in sequence.
             sinks = math.ceil(spec.sinks / shards)
             size = sinks + math.ceil((kept - spec.sinks) / shards) if kept else whole
-            sizes.append((layers, sinks, size) if size < whole else (layers, 0, whole))
+            if form.reads_pages(spec, whole, shards):
+                sizes.append((layers, 0, math.ceil(whole / form.cache_page) * form.cache_page))
+            else:
+                sizes.append((layers, sinks, size) if size < whole else (layers, 0, whole))
     return sizes
 
 
@@ -169,42 +193,70 @@ def _blocks(spec: AttentionSpec, length: int) -> int:
     return max(0, (length - size) // step + 1) if spec.top else 0
 
 
-def kv_bytes(config: ModelConfig, batch: int, length: int, rules: Rules) -> int:
-    """Bytes of keys and values that `create` allocates, over all devices."""
-    planned = jax.eval_shape(lambda: create(config, batch, length, rules))
-    arrays = (x for x in jax.tree.leaves(planned.slots) if x.ndim == 5)
-    return sum(x.size * x.dtype.itemsize for x in arrays)
+def kv_bytes(config: ModelConfig, batch: int, length: int, rules: Rules, form: Form = PLAIN) -> int:
+    """Bytes of keys and values, and of what chooses among them, that `create` allocates, over all
+    devices.
+    """
+    planned = jax.eval_shape(lambda: create(config, batch, length, rules, form))
+    slots = [x for slot in planned.slots for x in (slot, slot.blocks) if x is not None]
+    return sum(tree.num_bytes((x.k_LBKSH, x.v_LBKSH, x.pages)) for x in slots)
 
 
-def create(config: ModelConfig, batch: int, length: int, rules: Rules) -> KVCache:
-    """An empty cache for `batch` rows of up to `length` tokens.
+def create(
+    config: ModelConfig, batch: int, length: int, rules: Rules, form: Form = PLAIN
+) -> KVCache:
+    """An empty cache of this form for `batch` rows of up to `length` tokens.
 
-    In the compute dtype, but on CPUs in float32: XLA multiplies that where it lies, and widens
-    the whole of what is narrower for each token (docs/performance.md).
+    What is not quantised has the compute dtype, but on CPUs float32: XLA multiplies that where it
+    lies, and widens the whole of what is narrower for each token (docs/performance.md).
     """
     kv = rules(None, "batch", "act_kv_heads", "kv_length", None)
     shards = rules.size("kv_length")
     dtype = jnp.float32 if device_kind() == "cpu" else config.compute_dtype
 
-    def slot(layers: int, sinks: int, size: int, K: int, widths: tuple[int, int], dtype) -> Slot:
+    def kept(shape: tuple[int, ...], kind: Numbers) -> Kept:
+        if kind == "compute":
+            return jnp.zeros(shape, dtype, out_sharding=kv)
+        return quantised.zeros(shape, BITS[kind], kv)
+
+    def slot(layers: int, sinks: int, size: int, spec: AttentionSpec, make) -> Slot:
         size *= shards
-        shape = layers, batch, max(K, rules.size("act_kv_heads")), size
-        k, v = (jnp.zeros((*shape, width), dtype, out_sharding=kv) for width in widths)
+        K, H = config.kv_shape(spec)
+        k, v = make((layers, batch, max(K, rules.size("act_kv_heads")), size, H))
         sharding = rules("batch", "kv_length")
         at = jnp.full((batch, size), -1, jnp.int32, out_sharding=sharding)
         return Slot(k, v, at, sinks)
 
+    def pages(shape: tuple[int, ...]) -> Pages:
+        *rows, S, H = shape
+        highest = float(jnp.finfo(dtype).max)
+        low, high = (
+            jnp.full((*rows, S // form.cache_page, H), x, dtype, out_sharding=kv)
+            for x in (highest, -highest)
+        )
+        return Pages(low, high, form.cache_page, form.pages(shards))
+
+    def tokens(shape):
+        return kept(shape, form.k_cache), kept(shape, form.v_cache)
+
+    def compressed(shape):
+        return kept(shape, "compute"), kept(shape, "compute")
+
+    def means(shape):  # of keys alone, by which MoBA chooses in float32
+        shapes = shape, (*shape[:-1], 0)
+        return tuple(jnp.zeros(shape, jnp.float32, out_sharding=kv) for shape in shapes)
+
     def with_blocks(sizes: tuple[int, int, int], spec: AttentionSpec) -> Slot:
-        K, H = config.kv_shape(spec)
-        tokens = slot(*sizes, K, (H, H), dtype)
+        made = slot(*sizes, spec, tokens)
+        if form.reads_pages(spec, math.ceil(length / shards), shards):
+            made = dataclasses.replace(made, pages=pages(made.k_LBKSH.shape))
         if not spec.top:
-            return tokens
+            return made
         each = max(1, math.ceil(_blocks(spec, length) / shards))
-        # MoBA has means alone, and chooses by them in float32.
-        how = ((H, H), dtype) if spec.kind == "nsa" else ((H, 0), jnp.float32)
-        return dataclasses.replace(tokens, blocks=slot(sizes[0], 0, each, K, *how))
+        of_block = compressed if spec.kind == "nsa" else means
+        return dataclasses.replace(made, blocks=slot(sizes[0], 0, each, spec, of_block))
 
     specs = [spec for slots, _ in config.stages for spec in slots]
-    sizes = slot_sizes(config, length, shards)
+    sizes = slot_sizes(config, length, shards, form)
     slots = tuple(with_blocks(*both) for both in zip(sizes, specs, strict=True))
     return KVCache(slots, jnp.zeros((batch,), jnp.int32, out_sharding=rules("batch")))

@@ -1,8 +1,8 @@
 """Bytes of a model at work, from shapes alone: weights, cache, training state, activations.
 
-`int8` and `int4` are plans, which nothing here runs yet: the matrices of the layers in groups of
-`group` inputs, each key and each value of a head as one group, and a bfloat16 scale a group. What
-is no such matrix (embedding, head, norms, biases) is as in bfloat16.
+Weights in `int8` and `int4` are plans, which nothing here runs yet: the matrices of the layers in
+groups of `group` inputs and a bfloat16 scale a group; what is no such matrix (embedding, head,
+norms, biases) is as in bfloat16.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from core import sharding, tree
 from model import cache, parts, transformer
+from model.cache_form import Form
 from model.config import ModelConfig
 from model.transformer import Remat
 
@@ -62,17 +63,11 @@ def cache_bytes(config: ModelConfig, batch: int, length: int, form: Format) -> t
     """
     dtype = form if form == "float32" else "bfloat16"
     config = dataclasses.replace(config, dtype=dtype)
+    numbers = form if form in ("int8", "int4") else "compute"
+    how = config, batch, length, sharding.whole(), Form(k_cache=numbers, v_cache=numbers)
     with parts.somewhere():
-        planned = jax.eval_shape(lambda: cache.create(config, batch, length, sharding.whole()))
-    plan = form in ("int8", "int4")
-    kv = 0
-    for x in jax.tree.leaves(planned.slots):
-        if x.ndim == 5 and plan and x.dtype == jnp.bfloat16:
-            kv += math.ceil(x.size * BITS[form] / 8) + x.size // x.shape[-1] * SCALE_BITS // 8
-        elif x.ndim == 5:
-            kv += x.size * x.dtype.itemsize
-    others = (x for x in jax.tree.leaves(planned) if x.ndim != 5)
-    return kv, kv + sum(x.size * x.dtype.itemsize for x in others)
+        planned = jax.eval_shape(lambda: cache.create(*how))
+        return cache.kv_bytes(*how), tree.num_bytes(planned)
 
 
 def token_bytes(config: ModelConfig, form: Format) -> int:

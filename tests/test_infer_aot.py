@@ -13,13 +13,14 @@ from infer import steps
 from infer.sampling import Sampling, pack
 from model import cache, transformer
 from model.attention.spec import full
+from model.cache_form import Form
 
 pytestmark = pytest.mark.usefixtures("compile_only")
 
 LENGTH, CHUNK = 65_536, 64
 
 
-def program(name):
+def program(name, form=Form()):  # noqa: B008 (immutable)
     """(compiled, bytes of the cache) of one text on 2 shards of its length and 2 of the heads."""
     rules = sharding.prefilling() if name == "extend" else sharding.decoding()
     # Several layers and kv heads on a device: one alone has a layout that every use likes.
@@ -28,7 +29,7 @@ def program(name):
     model = transformer.abstract(config, rules)
 
     def state():
-        held = cache.create(config, 1, LENGTH, rules)
+        held = cache.create(config, 1, LENGTH, rules, form)
         last_BD = jnp.zeros((1, 16), jnp.bfloat16, out_sharding=rules("batch", None))
         now = steps.Prefilled(held, last_BD)
         row_B = jnp.zeros(1, jnp.int32, out_sharding=rules("batch"))
@@ -49,10 +50,13 @@ def program(name):
     return lowered.lower(lowering_platforms=("tpu",)).compile(), tree.num_bytes(now.cache)
 
 
+@pytest.mark.parametrize(
+    "form", [Form(), Form(k_cache="int8", v_cache="int4")], ids=lambda form: form.name
+)
 @pytest.mark.parametrize("name", ["extend", "advance"])
-def test_a_tpu_copies_no_cache_and_sends_none(name):
+def test_a_tpu_copies_no_cache_and_sends_none(name, form):
     with jax.set_mesh(make_mesh(MeshConfig(seq=2, model=2), aot.slice_devices("v5e:2x2"))):
-        compiled, cache_bytes = program(name)
+        compiled, cache_bytes = program(name, form)
     memory = compiled.memory_analysis()
     assert memory.argument_size_in_bytes > cache_bytes / 4
     assert memory.temp_size_in_bytes < cache_bytes / 4 / 8

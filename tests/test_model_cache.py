@@ -22,6 +22,7 @@ from core.config import Unsupported
 from model import cache
 from model.attention import cached, decode
 from model.attention.spec import AttentionSpec, Heads, Where
+from model.cache_form import Form
 from model.config import ModelConfig
 
 H = attention_cases.H
@@ -49,9 +50,12 @@ class How:
     sizes: tuple[int, int, int]
     strategy: str = ""
     heads: tuple[int, int] = (8, 2)
+    form: Form = Form()
 
     def __str__(self) -> str:
-        return f"{self.kind}-{'x'.join(map(str, self.sizes))}-{self.strategy or 'whole'}"
+        mesh = "x".join(map(str, self.sizes))
+        form = f"-{self.form.name}" * (self.form != Form())
+        return f"{self.kind}-{mesh}-{self.strategy or 'whole'}{form}"
 
     @property
     def rules(self) -> sharding.Rules:
@@ -152,7 +156,12 @@ def spoilt(held: cache.KVCache, how: How) -> cache.KVCache:
     counts = np.array([len(range(shard, SEEN.max(), P)) for shard in range(P)])
     never_S = place_S >= np.ceil(counts / BLOCK)[shard_S] * BLOCK
     never_S = jax.sharding.reshard(never_S, how.rules("kv_length"))
-    v_LBKSH = jnp.where(never_S[None, None, None, :, None], jnp.nan, slot.v_LBKSH)
+
+    def spoil(x):
+        never = never_S.reshape(1, 1, 1, -1, *[1] * (x.ndim - 4))
+        return jnp.where(never, jnp.nan, x) if x.dtype != jnp.int8 else x
+
+    v_LBKSH = jax.tree.map(spoil, slot.v_LBKSH)
     return dataclasses.replace(held, slots=(dataclasses.replace(slot, v_LBKSH=v_LBKSH),))
 
 
@@ -163,7 +172,7 @@ def run(how: How) -> tuple[np.ndarray, cache.KVCache]:
 
     @jax.jit
     def go(old, new):
-        held = cache.create(config(how), 2, ROOM, rules)
+        held = cache.create(config(how), 2, ROOM, rules, how.form)
         for (_, k, v), at in (*old, new):
             k, v = (jnp.stack((x * 0 - 1, x)) for x in (k, v))
             before, held = held, held.write([decode.New(k, v)], at, rules)

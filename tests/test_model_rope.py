@@ -41,16 +41,36 @@ def test_the_goldens_tell_lengths_apart():
     assert (dynamic[0] == dynamic[1]).all() and (dynamic[2] != dynamic[3])[1:].all()
 
 
-def test_angles_are_float32_at_a_million():
-    positions = np.array([[131_072, 999_999, 1_000_000]])
-    tables = jax.jit(lambda at: rope.table(at, Rope(), 128))(positions)
-    per_token = np.asarray(rope.frequencies(Rope(), 128))
-    angles = (positions[..., None].astype(np.float32) * per_token).astype(np.float64)
+@pytest.mark.parametrize("name", ["plain", "yarn", "dynamic"])
+@pytest.mark.parametrize("last", [0, 4_096, 131_072, 1_000_000, 2**24])
+def test_angles_are_exact_however_long_the_text(name, last):
+    """Against float64; those that go by length are exact for their frequencies in float32."""
+    how = dict(plain={}, yarn=dict(factor=4.0, original=4096), dynamic=dict(original=4096))[name]
+    config = Rope(scaling="none" if name == "plain" else name, **how)
+    positions = np.array([[last, last - 1, -last]])
+    tables = jax.jit(lambda at: rope.table(at, config, 128, jnp.array([10_000])))(positions)
+    per_token = np.asarray(rope._frequencies(config, 128, jnp.array([10_000])), np.float64)
+    angles = positions[..., None] * per_token.reshape(1, 1, -1)
+    # A unit of 2^-39 turns a position, and of float32 what the frequencies are rounded to there.
+    slack = 2**-39 * 2 * np.pi * last + (name == "dynamic") * 1e-7 * last
     for made, exact in zip(tables, (np.cos(angles), np.sin(angles)), strict=True):
         assert made.dtype == jnp.float32
-        np.testing.assert_allclose(made[:, :, 0], exact, atol=1e-6)
-    one, other = np.asarray(tables[0])[0, 1:]
-    assert np.abs(one - other).max() > 0.1  # bfloat16 angles would be the same
+        np.testing.assert_allclose(made[:, :, 0], config.magnitude * exact, atol=1e-6 + 2 * slack)
+
+
+def test_a_distance_is_the_same_wherever_it_is():
+    """Scores at position 1,000,000 are those at 0: as float32 products they are off by 0.03."""
+    q, k = np.random.default_rng(0).standard_normal((2, 1, 1, 1, 128)).astype(np.float32)
+
+    def score(at):
+        turned = [
+            rope.rotate(x, rope.table(jnp.array([[p]]), Rope(), 128))
+            for x, p in ((q, at + 37), (k, at))
+        ]
+        return float((turned[0] * turned[1]).sum())
+
+    for at in (1_000, 131_072, 999_963, 2**24 - 37):
+        assert abs(score(at) - score(0)) < 2e-5 * 128**0.5
 
 
 def test_each_row_goes_by_its_own_length():

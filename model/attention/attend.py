@@ -5,6 +5,7 @@ attend(q_BTNH, k_BTKH, v_BTKH, at, full(), kernel="chunked", rules=training())
 
 import jax
 
+from core.config import Unsupported
 from core.sharding import Rules
 from model.attention import blocks, select
 from model.attention.spec import AttentionSpec, Heads, Where
@@ -26,6 +27,11 @@ def attend(
 
     Arguments are sharded by `rules`; N is a multiple of K, and both divide over act_heads.
     """
+    if spec.kind == "stream":
+        raise Unsupported(
+            "kind='stream' is how a cache is read, and there is none here: take kind='full' or "
+            "'sliding' in model.pattern, and set cache_window and cache_sinks when decoding"
+        )
     attention = Call.of(q_BTNH, k_BTKH, spec, kernel, rules).way.attention
     q_spec = rules("batch", "length", "act_heads", None)
     kv_spec = rules("batch", "length", "act_kv_heads", None)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from core.config import Unsupported
 from core.sharding import Rules
-from model.attention import blocks, decode
+from model.attention import blocks, decode, quest
 from model.attention.blocks import Pair, Part
 from model.attention.decode import Shard, Stored
 from model.attention.spec import AttentionSpec, Heads, Where
@@ -63,7 +63,9 @@ def see_old(
     """(out, lse) of this device's queries over the stored keys of all shards."""
     cache = cache._replace(live_B=Shard.here(rules).count(cache.live_B))
     q_BTNH, at = everywhere((q_BTNH, at), rules)
-    return merge_shards(decode.forward(q_BTNH, cache, heads, at, pair), rules)
+    few = cache.pages is not None and q_BTNH.shape[1] <= quest.QUERIES
+    forward = quest.forward if few else decode.forward
+    return merge_shards(forward(q_BTNH, cache, heads, at, pair), rules)
 
 
 def everywhere(tree, rules: Rules):

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from core.sharding import Rules
-from model.attention import blocks, select
+from model.attention import blocks, quantised, select
 from model.attention.blocks import Pair, Part
 from model.attention.decode import Shard, Stored
+from model.attention.quantised import Kept
 from model.attention.spec import AttentionSpec, Heads, Where
 
 FETCHED = 2**22  # numbers that are fetched at once: 16 MiB of float32
@@ -75,7 +76,7 @@ def ended(
     of = select.Slots(size, step, number_BE, whole_BE.astype(jnp.int32), None, entry_BTW)
     sums = []
     for x_BTKH, x_LBKSH, weight_CH in zip(xs_BTKH, stored[:2], weights_CH, strict=False):
-        tail_BKJH = fetch(x_LBKSH, stored.layer, tail_BJ[:, None], shard)
+        tail_BKJH = fetch(x_LBKSH, stored.layer, tail_BJ[:, None], shard, x_BTKH.dtype)
         x_BTKH = jnp.concatenate([jnp.moveaxis(tail_BKJH, 1, 2), x_BTKH], 1)
         sums.append(select.pooled(x_BTKH, at, of, weight_CH, cached.axes))
     return Where(number_BE, of.segments_BZ), sums
@@ -93,16 +94,19 @@ def places(start: jax.Array, length: int, shard: Shard) -> tuple[jax.Array, jax.
     return position, (position >= 0) & (position < start + length)
 
 
-def fetch(x_LBKSH: jax.Array, layer: jax.Array, position_BMJ: jax.Array, shard: Shard) -> jax.Array:
+def fetch(
+    held_LBKSH: Kept, layer: jax.Array, position_BMJ: jax.Array, shard: Shard, dtype: jnp.dtype
+) -> jax.Array:
     """[B, K or M, J, H] of what is stored for these positions, M of them or one for all K heads.
 
     M is a multiple of K: neighbours share a head.
     """
-    _, B, K, S, _ = x_LBKSH.shape
+    _, B, K, S, _ = held_LBKSH.shape
     M = max(position_BMJ.shape[1], K)
     slot_BMJ = jnp.clip(position_BMJ // shard.size, 0, S - 1)
     row, head = jnp.ogrid[:B, :M]
-    return x_LBKSH[layer, row[..., None], (head * K // M)[..., None], slot_BMJ]
+    place = layer, row[..., None], (head * K // M)[..., None], slot_BMJ
+    return quantised.dequantise(jax.tree.map(lambda x: x[place], held_LBKSH), dtype)
 
 
 def see_ranges(
@@ -130,7 +134,9 @@ def see_ranges(
         position_BtMCJ, inside = places(starts_BtMC[..., None], length, shard)
         inside &= position_BtMCJ < stored.live_B[:, None, None, None, None]
         position_BMX = jnp.moveaxis(position_BtMCJ, 1, 2).reshape(B, M, -1)
-        k_BMXH, v_BMXH = (fetch(x, stored.layer, position_BMX, shard) for x in stored[:2])
+        k_BMXH, v_BMXH = (
+            fetch(x, stored.layer, position_BMX, shard, q_BTNH.dtype) for x in stored[:2]
+        )
         k_BMtSH, v_BMtSH = (x.reshape(B, M, t, C * J, H) for x in (k_BMXH, v_BMXH))
         q_BtMGH = q_BtNH.reshape(B, t, M, G, H) * pair.scale
         s_BtMGS = jnp.einsum(

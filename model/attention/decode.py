@@ -1,5 +1,6 @@
 """New queries over a cache: key blocks in a loop as long as the cache is full, merged by lse."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -8,30 +9,55 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from core.sharding import Rules, device_kind
-from model.attention import blocks
+from model.attention import blocks, quantised
 from model.attention.blocks import Pair
+from model.attention.quantised import Kept, Quantised
 from model.attention.spec import Heads, Where
 
 BLOCK = 512  # keys a step: scores of one query and 32 heads stay in cache
 FEW = 8  # queries at a time, for which the scores of all keys fit beside these
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """Of each page of neighbouring slots, the lowest and highest number of a key's channel."""
+
+    low_LBKZH: jax.Array  # the highest number there is where nothing is stored
+    high_LBKZH: jax.Array  # the lowest
+    page: int = dataclasses.field(metadata=dict(static=True))  # tokens
+    count: int = dataclasses.field(metadata=dict(static=True))  # pages that a shard reads
+
+    def add(self, k_LBTKH: jax.Array, index_BT: jax.Array) -> "Pages":
+        """With these keys, in slots `index`; those beyond the pages are dropped."""
+        L, B, K, _, _ = self.low_LBKZH.shape
+        layer, row, _, head = jnp.ogrid[:L, :B, :1, :K]
+        place = layer, row, head, (index_BT // self.page)[None, :, :, None]
+        k_LBTKH = k_LBTKH.astype(self.low_LBKZH.dtype)
+        low_LBKZH = self.low_LBKZH.at[place].min(k_LBTKH, mode="drop")
+        high_LBKZH = self.high_LBKZH.at[place].max(k_LBTKH, mode="drop")
+        return dataclasses.replace(self, low_LBKZH=low_LBKZH, high_LBKZH=high_LBKZH)
+
+
 class Stored(NamedTuple):
     """One layer's view of a stacked cache; the layers are not copied apart."""
 
-    k_LBKSH: jax.Array
-    v_LBKSH: jax.Array
+    k_LBKSH: Kept
+    v_LBKSH: Kept
     positions_BS: jax.Array  # int32; -1 where nothing is stored
     layer: jax.Array  # int32, which of the L layers
     live_B: jax.Array  # int32, slots 0..live-1 of the row may hold something
     blocks: "Stored | None" = None  # the text's whole blocks, for kinds that choose among them
+    pages: Pages | None = None  # of a cache of which new tokens read a part (quest.py)
 
     def sharding(self, rules: Rules) -> "Stored":
         """The PartitionSpec of each field."""
         kv = rules(None, "batch", "act_kv_heads", "kv_length", None)
         of_blocks = None if self.blocks is None else self.blocks.sharding(rules)
-        rows = rules("batch")
-        return Stored(kv, kv, rules("batch", "kv_length"), PartitionSpec(), rows, of_blocks)
+        k, v = (quantised.sharding(x, kv) for x in self[:2])
+        at, rows = rules("batch", "kv_length"), rules("batch")
+        pages = jax.tree.map(lambda _: kv, self.pages)
+        return Stored(k, v, at, PartitionSpec(), rows, of_blocks, pages)
 
 
 class New(NamedTuple):
@@ -73,7 +99,8 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """(out [B, T, N, H] float32, lse [B, T, N] float32) over the stored keys alone."""
     T, S = q_BTNH.shape[1], cache.k_LBKSH.shape[3]
-    if device_kind() != "cpu" or T > FEW or S <= BLOCK:
+    whole = device_kind() == "cpu" and not any(isinstance(x, Quantised) for x in cache[:2])
+    if not whole or T > FEW or S <= BLOCK:
         return _walk(q_BTNH, cache, heads, q_at, pair, min(BLOCK, S))
     # XLA's CPU backend copies a block before it multiplies it, but not the whole of an array.
     see = functools.partial(_walk, q_BTNH, cache, heads, q_at, pair)
@@ -90,16 +117,19 @@ def _walk(
     G = N // K
     q_BKGTH = jnp.moveaxis((q_BTNH * pair.scale).reshape(B, T, K, G, H), 1, 3)
     # One free dim: with two XLA would transpose the keys.
-    q_BKMH = q_BKGTH.reshape(B, K, G * T, H).astype(cache.k_LBKSH.dtype)
+    dtype = quantised.product_dtype(cache.k_LBKSH, q_BTNH.dtype)
+    q_BKMH = q_BKGTH.reshape(B, K, G * T, H).astype(dtype)
 
     def step(i, carry):
         out_BKGTH, max_BKGT, sum_BKGT = carry
         start = jnp.minimum(i * block, S - block)  # the last block overlaps: mask what was seen
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
-        k_BKCH, v_BKCH = (_layer_block(x, cache.layer, start, block) for x in cache[:2])
+        (k_BKCH, k_scale), (v_BKCH, v_scale) = (
+            _layer_block(x, cache.layer, start, block, q_BTNH.dtype) for x in cache[:2]
+        )
         at_BC = cut(cache.positions_BS, axis=1)
         s_BKMC = jnp.einsum("BKMH,BKCH->BKMC", q_BKMH, k_BKCH, preferred_element_type=jnp.float32)
-        s_BKGTC = s_BKMC.reshape(B, K, G, T, block)
+        s_BKGTC = quantised.scaled(s_BKMC.reshape(B, K, G, T, block), k_scale)
         if pair.softcap:
             s_BKGTC = pair.softcap * jnp.tanh(s_BKGTC / pair.softcap)
         if heads.slope_N is not None:
@@ -118,10 +148,11 @@ def _walk(
         safe_BKGT = jnp.where(jnp.isneginf(new_max_BKGT), 0.0, new_max_BKGT)
         p_BKGTC = jnp.exp(s_BKGTC - safe_BKGT[..., None])
         fade_BKGT = jnp.exp(max_BKGT - safe_BKGT)
-        p_BKMC = p_BKGTC.reshape(B, K, G * T, block).astype(v_BKCH.dtype)
+        weight_BKMC = quantised.scaled(p_BKGTC, v_scale).reshape(B, K, G * T, block)
         added_BKMH = jnp.einsum(
-            "BKMC,BKCH->BKMH", p_BKMC, v_BKCH, preferred_element_type=jnp.float32
-        )
+            "BKMC,BKCH->BKMH", weight_BKMC.astype(v_BKCH.dtype), v_BKCH,
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
         out_BKGTH = out_BKGTH * fade_BKGT[..., None] + added_BKMH.reshape(B, K, G, T, H)
         return out_BKGTH, new_max_BKGT, sum_BKGT * fade_BKGT + p_BKGTC.sum(axis=-1)
 
@@ -141,6 +172,16 @@ def _walk(
     return out_BTNH, jnp.moveaxis(lse_BKGT, 3, 1).reshape(B, T, N)
 
 
-def _layer_block(x_LBKSH: jax.Array, layer: jax.Array, start: jax.Array, block: int) -> jax.Array:
-    _, B, K, _, H = x_LBKSH.shape
-    return jax.lax.dynamic_slice(x_LBKSH, (layer, 0, 0, start, 0), (1, B, K, block, H))[0]
+def _layer_block(
+    kept: Kept, layer: jax.Array, start: jax.Array, block: int, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array | None]:
+    """([B, K, C, H], the scales [B, K, 1, 1, C] of what is quantised)."""
+
+    def cut(x_LBKS: jax.Array) -> jax.Array:
+        _, B, K, _, *widths = x_LBKS.shape
+        start_at = (layer, 0, 0, start, *[0] * len(widths))
+        return jax.lax.dynamic_slice(x_LBKS, start_at, (1, B, K, block, *widths))[0]
+
+    part = jax.tree.map(cut, kept)
+    scale = part.scale[:, :, None, None] if isinstance(part, Quantised) else None
+    return quantised.levels(part, quantised.product_dtype(part, dtype)), scale

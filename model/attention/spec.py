@@ -104,10 +104,10 @@ class Mask:
 
 
 Kind = Literal[
-    "full", "sliding", "chunked", "block_sparse", "prefix", "bidirectional", "moba", "nsa"
+    "full", "sliding", "chunked", "block_sparse", "prefix", "bidirectional", "moba", "nsa", "stream"
 ]
 NEEDS = {  # the fields that belong to kinds, and are at least 1 there
-    "window": ("sliding", "nsa"),
+    "window": ("sliding", "nsa", "stream"),
     "chunk": ("chunked",),
     "block": ("block_sparse", "moba", "nsa"),
     "local": ("block_sparse",),
@@ -154,6 +154,8 @@ class AttentionSpec(Section):
             raise UserError(f"stride={self.stride} goes with kind='block_sparse'")
         if self.sinks and not self.mask.limited:
             raise UserError(f"sinks={self.sinks}: kind={self.kind!r} sees the first tokens anyway")
+        if self.kind == "stream" and not self.sinks:
+            raise UserError("kind='stream' with sinks=0: that is kind='sliding'")
         if self.alibi and self.softcap:
             raise UserError("alibi with a softcap: no model has both, and the order matters")
         if self.kind == "nsa":
@@ -241,3 +243,8 @@ def nsa(
     """
     how = dict(block=block, top=top, window=window, compress=compress, step=step)
     return AttentionSpec(kind="nsa", **how, **fields)
+
+
+def stream(window: int, sinks: int, **fields) -> AttentionSpec:
+    """How a cache of `window` + `sinks` tokens is read for texts without end (StreamingLLM)."""
+    return AttentionSpec(kind="stream", window=window, sinks=sinks, **fields)

@@ -1,0 +1,104 @@
+"""Keys or values in 8 or 4 bits: each vector of a head is integers times a scale of its own.
+
+    held = quantise(x_BTKH, bits=8)      held.x integers, held.scale bfloat16
+    x_BTKH = dequantise(held, dtype)     off by at most ERROR[bits] of the largest |x| of a vector
+
+Attention never makes that copy of a cache: a key's scale multiplies its scores, a value's scale
+its weight.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from core.sharding import device_kind
+
+LEVELS = {8: 127, 4: 7}  # integers -levels .. levels
+# Half a step of the integers, when bfloat16 has rounded their scale up.
+ERROR = {bits: (1 + 2**-8) / (2 * levels) for bits, levels in LEVELS.items()}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantised:
+    """Vectors [..., H] in `bits`; for 4, byte i of H / 2 has number i in its low half and number
+    i + H / 2 in its high one.
+    """
+
+    x: jax.Array  # int8 [..., H or H / 2]
+    scale: jax.Array  # bfloat16 [...]
+    bits: int = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the vectors."""
+        return *self.x.shape[:-1], self.x.shape[-1] * 8 // self.bits
+
+
+Kept = jax.Array | Quantised
+
+
+def quantise(x: jax.Array, bits: int) -> Quantised:
+    """Symmetric: the largest |number| of a vector is the last of the levels."""
+    x32 = x.astype(jnp.float32)
+    scale = (jnp.abs(x32).max(axis=-1) / LEVELS[bits]).astype(jnp.bfloat16)
+    step = jnp.where(scale == 0, 1, scale).astype(jnp.float32)[..., None]
+    levels = jnp.clip(jnp.round(x32 / step), -LEVELS[bits], LEVELS[bits]).astype(jnp.int8)
+    if bits == 4:
+        low, high = jnp.split(levels, 2, axis=-1)
+        levels = (low & 15) | (high << 4)
+    return Quantised(levels, scale, bits)
+
+
+def levels(held: Kept, dtype: jnp.dtype) -> jax.Array:
+    """The integers as `dtype`, which has them all; arrays that are not quantised stay."""
+    if not isinstance(held, Quantised):
+        return held
+    x = held.x
+    if held.bits == 4:
+        x = jnp.concatenate([(x << 4) >> 4, x >> 4], axis=-1)  # shifts of int8 keep the sign
+    return x.astype(dtype)
+
+
+def product_dtype(held: Kept, dtype: jnp.dtype) -> jnp.dtype:
+    """In which it is multiplied with what is `dtype`: its own, where it has one. CPUs have kernels
+    for float32 alone.
+    """
+    if isinstance(held, Quantised):
+        return jnp.dtype(jnp.float32) if device_kind() == "cpu" else dtype
+    return held.dtype
+
+
+def dequantise(held: Kept, dtype: jnp.dtype) -> jax.Array:
+    """The vectors; for few of them."""
+    if not isinstance(held, Quantised):
+        return held
+    x = levels(held, jnp.float32) * held.scale.astype(jnp.float32)[..., None]
+    return x.astype(dtype)
+
+
+def scaled(x: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """Scores or weights times the scales of their keys or values, if these have any."""
+    return x if scale is None else x * scale.astype(x.dtype)
+
+
+def like(new: jax.Array, held: Kept) -> Kept:
+    """`new` as it is to be stored in `held`."""
+    return quantise(new, held.bits) if isinstance(held, Quantised) else new
+
+
+def sharding(held: Kept, spec: PartitionSpec) -> PartitionSpec | Quantised:
+    """The PartitionSpec of each array, where `spec` is that of the vectors."""
+    if not isinstance(held, Quantised):
+        return spec
+    return Quantised(spec, PartitionSpec(*spec[:-1]), held.bits)
+
+
+def zeros(shape: tuple[int, ...], bits: int, spec: PartitionSpec) -> Quantised:
+    """Vectors of `shape` that are all zero, where `spec` is their PartitionSpec."""
+    *vectors, H = shape
+    x = jnp.zeros((*vectors, H * bits // 8), jnp.int8, out_sharding=spec)
+    scale = jnp.zeros(vectors, jnp.bfloat16, out_sharding=PartitionSpec(*spec[:-1]))
+    return Quantised(x, scale, bits)

@@ -77,8 +77,8 @@ def by_draft(
         tokens_BT, counts = carry
         hidden_BTD, _ = read(tokens_BT, i + 1)
         hidden_BTD = jnp.where(each_1T[..., None] == i, hidden_BTD, 0)
-        logits_BTV = draft.logits(hidden_BTD.sum(axis=1, keepdims=True))
-        logits_BV = jax.sharding.reshard(logits_BTV[:, 0], rules("batch", None))[:, :width]
+        logits_BV = draft.logits(hidden_BTD.sum(axis=1))
+        logits_BV = jax.sharding.reshard(logits_BV, rules("batch", None))[:, :width]
         more = width - logits_BV.shape[1]
         logits_BV = jnp.pad(logits_BV, ((0, 0), (0, more)), constant_values=-jnp.inf)
         there = dataclasses.replace(state, made_B=state.made_B + i, counts=counts)

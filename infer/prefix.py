@@ -9,6 +9,7 @@ for what all its prompts share, a row for each different prompt, all rows.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -57,10 +58,12 @@ class Reader:
         # Where RoPE goes by what the text will have come to, so do the keys of its beginning.
         totals = [(len(p) + n) * by_length for p, n in zip(prompts, new, strict=True)]
         self._names = [(p.tobytes(), total) for p, total in zip(prompts, totals, strict=True)]
-        self._alike = [  # tokens that a prompt shares with the next one
-            _common(*prompts[i : i + 2]) if totals[i] == totals[i + 1] else 0
-            for i in range(len(prompts) - 1)
-        ]
+        # What a bidirectional prefix holds is seen from its own first token: all of it or nothing.
+        whole = any(spec.prefix for spec in engine.model.config.pattern)
+        self._alike = []  # tokens that a prompt shares with the next one
+        for i, (one, next_one) in enumerate(itertools.pairwise(self._names)):
+            apart = one != next_one if whole else one[1] != next_one[1]
+            self._alike.append(0 if apart else _common(prompts[i], prompts[i + 1]))
 
     def read(self, first: int, end: int) -> tuple[Prefilled, list[np.ndarray]]:
         """The state after the prompts first..end-1, which fill a batch of the engine or a part.

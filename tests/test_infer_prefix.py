@@ -13,7 +13,7 @@ from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
 from infer.prefix import Reader
 from infer.sampling import Sampling, pack
-from model.attention.spec import full, moba, nsa, sliding
+from model.attention.spec import full, moba, nsa, prefix, sliding
 from model.rope import Rope
 
 NEW = 6
@@ -105,6 +105,13 @@ def test_rope_that_goes_by_the_length_of_the_text(one_device):
     model = cases.random_model(cases.model_config(num_layers=2, pattern=(full(rope=rope),)))
     check(model, PROMPTS, 97, scored=False)
     check(model, [PROMPTS[0]] * 4, 24, scored=False)
+
+
+def test_a_bidirectional_prefix_is_not_cut(one_device):
+    """Its tokens see each other: the shared ones see what is not shared."""
+    model = cases.random_model(cases.model_config(num_layers=1, pattern=(prefix(23),)))
+    check(model, PROMPTS, 97, chunk=32, scored=False)
+    check(model, [PROMPTS[0]] * 4, 24, chunk=32, scored=False)
 
 
 def test_the_summary_tells(tmp_path, monkeypatch, capsys):

@@ -17,9 +17,10 @@ from conftest import make_mesh
 from infer.engine import Engine, Plan
 from infer.programs import bucket
 from infer.sampling import Sampling, pack
+from infer.speculate import Speculator
 from model.attention.spec import full, sliding
 
-LENGTH, WINDOW = 262_144, 131_072
+LENGTH, WINDOW = 65_536, 32_768
 GREEDY = pack([Sampling(temperature=0, max_tokens=4)])
 CONFIG = """
 from core.config import Experiment, editable
@@ -69,7 +70,9 @@ def test_the_cache_is_written_in_place(slots, seq):
     """Every byte of it that a device holds is aliased, and nothing of its size is beside it."""
     with jax.set_mesh(make_mesh((1, seq, 1))):
         pattern = SLOTS[slots]
-        model = cases.random_model(cases.model_config(num_layers=2, pattern=pattern))
+        # Wide heads: the scores of all keys, which a CPU has at a time, are small beside these.
+        sizes = dict(num_layers=len(pattern), head_dim=64)
+        model = cases.random_model(cases.model_config(pattern=pattern, **sizes))
         engine = Engine(model, Plan(1, LENGTH, 16))
         prompt = [np.arange(5, dtype=np.int32)]
         now = jax.block_until_ready(engine.prefill(prompt))
@@ -77,11 +80,18 @@ def test_the_cache_is_written_in_place(slots, seq):
         mine = sum(x.addressable_shards[0].data.nbytes for x in arrays)
         least = min(x.addressable_shards[0].data.nbytes for x in arrays if x.ndim == 5)
         engine.advance(engine.start(now, prompt, [0], GREEDY), np.zeros(1, bool))
+        now = jax.block_until_ready(engine.prefill(prompt))
+        state = engine.start(now, prompt, [0], GREEDY)
+        for _ in Speculator(engine, 1, 2).decode(state, np.zeros(1, bool), prompt, None):
+            pass
+    checked = set()
     for (name, *_), program in engine.programs.compiled.items():
-        if name in ("extend", "advance"):
+        if name in ("extend", "advance", "guess"):
+            checked.add(name)
             memory = program.memory_analysis()
             assert memory.alias_size_in_bytes >= mine
-            assert memory.temp_size_in_bytes < least / 4, name
+            assert memory.temp_size_in_bytes < least / 2, name
+    assert len(checked) == 3
 
 
 def test_a_second_start_reads_what_the_first_compiled(tmp_path):

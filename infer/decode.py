@@ -64,7 +64,8 @@ def main(experiment: Experiment) -> list[dict]:
             draft = None
             if found_draft:
                 small = load.restore(found_draft, rules)
-                small = Engine(small, plan, found.tokenizer, programs=engine.programs)
+                how = dict(form=engine.form, programs=engine.programs)
+                small = Engine(small, plan, found.tokenizer, **how)
                 draft = Reader(small, prompts, new, config.share_prefix)
             speculator = Speculator(engine, config.speculate, config.ngram, draft)
         search = beam.Search(engine, config.beams, config.length_penalty) if config.beams else None

@@ -33,6 +33,7 @@ from infer.rows import Row
 from infer.steps import Made, State
 from model.attention.spec import Where
 from model.cache import KVCache
+from model.cache_form import Form
 from model.transformer import Transformer
 
 ROUNDS = 4  # steps of the model in a call of the loop
@@ -203,12 +204,22 @@ def find_draft(config: DecodeConfig, found: Found, rows: Sequence[Row]) -> Found
     UserError where it or the model, whose bundle is `found`, cannot speculate on these rows.
     """
     draft = load.find(config.draft, config.draft_step) if config.draft else None
+    form = Form.of(config)
+    asked = f"decode.speculate={config.speculate}"
+    for field in ("k_cache", "v_cache", "cache_pages"):
+        value = getattr(form, field)
+        if config.speculate and value not in ("compute", 0):
+            raise Unsupported(
+                f"{asked} with {field}={value}: tokens that are checked together see each other as "
+                "they were computed, and with this cache other tokens would come out than without "
+                "guesses; set one of them to its default"
+            )
     for each in (found, draft):
         prefix = max((spec.prefix for spec in each.config.pattern), default=0) if each else 0
         if config.speculate and prefix > 1:
             raise Unsupported(
-                f"decode.speculate={config.speculate} with kind='prefix' in {each.path}: several "
-                f"tokens at once must hold the whole prefix of {prefix}; set speculate=0"
+                f"{asked} with kind='prefix' in {each.path}: several tokens at once must hold the "
+                f"whole prefix of {prefix}; set speculate=0"
             )
     if draft is None:
         return None
@@ -218,8 +229,9 @@ def find_draft(config: DecodeConfig, found: Found, rows: Sequence[Row]) -> Found
             f"decode.draft={config.draft} has another vocabulary ({theirs}) than {found.path} "
             f"({ours}): its guesses would mean other tokens; name a draft of the same tokenizer"
         )
+    form.apply(draft.config)
     longest = max(len(row.prompt.tokens) + row.how.max_tokens for row in rows)
-    if longest > draft.config.context:
+    if longest > draft.config.context and not form.cache_window:
         raise UserError(
             f"decode.draft={config.draft} reads model.context={draft.config.context} tokens, but a "
             f"prompt with its max_tokens comes to {longest}: shorten them, or take another draft"

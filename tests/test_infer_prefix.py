@@ -14,9 +14,10 @@ from infer.engine import Engine, Plan
 from infer.prefix import Reader
 from infer.sampling import Sampling, pack
 from model.attention.spec import full, moba, nsa, prefix, sliding
+from model.cache_form import Form
 from model.rope import Rope
 
-NEW = 6
+NEW, PLAIN = 6, Form()
 rng = np.random.default_rng(0)
 SYSTEM = rng.integers(0, 320, 21).astype(np.int32)
 ENDS = [rng.integers(0, 320, n).astype(np.int32) for n in (3, 0, 9, 1)]
@@ -40,9 +41,9 @@ def read_and_go_on(engine, prompts, least, scored):
     return tokens, scores, reader
 
 
-def check(model, prompts, read, batch=4, least=4, chunk=5, scored=True):
+def check(model, prompts, read, batch=4, least=4, chunk=5, scored=True, form=PLAIN):
     """Equal to reading each prompt for itself, and `read` tokens were read. The reader."""
-    engine = Engine(model, Plan.of(batch, max(map(len, prompts)), NEW, chunk))
+    engine = Engine(model, Plan.of(batch, max(map(len, prompts)), NEW, chunk), form=form)
     plain, expected, before = read_and_go_on(engine, prompts, 0, scored)
     assert before.tokens_read == sum(map(len, prompts))
     tokens, scores, reader = read_and_go_on(engine, prompts, least, scored)
@@ -112,6 +113,22 @@ def test_a_bidirectional_prefix_is_not_cut(one_device):
     model = cases.random_model(cases.model_config(num_layers=1, pattern=(prefix(23),)))
     check(model, PROMPTS, 97, chunk=32, scored=False)
     check(model, [PROMPTS[0]] * 4, 24, chunk=32, scored=False)
+
+
+FORMS = {
+    "k8v4": Form(k_cache="int8", v_cache="int4"),
+    "stream": Form(cache_window=6, cache_sinks=2),
+    "quest": Form(cache_pages=3, cache_page=4),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_of_the_cache(one_device, name):
+    """Samples of one prompt; for different ones a stem ends where chunks would not."""
+    model = cases.random_model(cases.model_config(num_layers=1, pattern=(full(),)))
+    check(model, [PROMPTS[0]] * 4, 24, form=FORMS[name])
+    if name == "stream":
+        check(model, PROMPTS, 34, form=FORMS[name])
 
 
 def test_the_summary_tells(tmp_path, monkeypatch, capsys):

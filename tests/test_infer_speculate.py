@@ -20,7 +20,9 @@ from infer.prefix import Reader
 from infer.sampling import Sampling, pack
 from infer.speculate import Speculator
 from model.attention.spec import full, moba, nsa, prefix, sliding
+from model.cache_form import Form
 
+PLAIN = Form()
 V = 12  # so few that n-grams come again
 LIMITS = 24, 7, 15, 1
 PROMPTS = [np.random.default_rng(n).integers(0, V, n).astype(np.int32) for n in (20, 1, 9, 17)]
@@ -45,15 +47,15 @@ def rows_of(parts, num):
     return [[field[b][fields[0][b] >= 0] for field in fields] for b in range(num)]
 
 
-def check(model, hows, guesses=4, ngram=2, draft=None, eos=()):
+def check(model, hows, guesses=4, ngram=2, draft=None, eos=(), form=PLAIN):
     """The same rows with guesses as without; the speculator. `draft` is a model."""
     B = len(PROMPTS)
     hows = [dataclasses.replace(how, max_tokens=n) for how, n in zip(hows, LIMITS, strict=True)]
     hows = [dataclasses.replace(h, min_tokens=min(h.min_tokens, h.max_tokens)) for h in hows]
     tokenizer = SimpleNamespace(eos=eos, vocab_size=V)
-    engine = Engine(model, Plan.of(B, 20, 24, 8), tokenizer, top_logprobs=2)
+    engine = Engine(model, Plan.of(B, 20, 24, 8), tokenizer, 2, form)
     if draft is not None:
-        draft = Reader(Engine(draft, engine.plan, tokenizer), PROMPTS, LIMITS, 0)
+        draft = Reader(Engine(draft, engine.plan, tokenizer, 0, form), PROMPTS, LIMITS, 0)
     speculator = Speculator(engine, guesses, ngram, draft)
 
     def start():
@@ -109,6 +111,15 @@ def test_a_draft_of_other_weights_and_another_padded_vocabulary(one_device):
     guesses, right, _ = check(
         model_of("full and ring"), HOWS, draft=cases.random_model(config)
     ).tally
+    assert 0 < right < guesses
+
+
+def test_a_cache_for_texts_without_end(one_device):
+    model = cases.random_model(cases.model_config(num_layers=1, pattern=(full(),)))
+    form = Form(cache_window=6, cache_sinks=2)
+    guesses, right, _ = check(model, HOWS, draft=model, form=form).tally
+    assert guesses == right > 0
+    guesses, right, _ = check(model, HOWS, form=form).tally
     assert 0 < right < guesses
 
 
@@ -205,6 +216,8 @@ def test_refused(bundles, monkeypatch):
         (dict(speculate=2, draft="nowhere"), "nowhere is no bundle"),
         (dict(speculate=2, draft=other, max_tokens=9), "has another vocabulary (320 ids, no tok"),
         (dict(speculate=2, draft=draft, max_tokens=40), "reads model.context=32 tokens, but a"),
+        (dict(speculate=2, v_cache="int8"), "decode.speculate=2 with v_cache=int8: tokens that"),
+        (dict(speculate=2, cache_pages=4), "decode.speculate=2 with cache_pages=4: tokens that"),
     ):
         with pytest.raises(UserError) as error:
             run(bundles, **{"max_tokens": 4, **fields})

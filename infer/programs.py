@@ -27,6 +27,6 @@ class Programs:
 
 
 def bucket(size: int) -> int:
-    """The next of eight sizes between powers of 2, all multiples of 16: up to 1/8 more, or 15."""
-    step = max(16, 2 ** (math.floor(math.log2(max(size, 1))) - 3))
+    """The next of eight sizes between powers of 2, all multiples of 64: up to 1/8 more, or 63."""
+    step = max(64, 2 ** (math.floor(math.log2(max(size, 1))) - 3))
     return math.ceil(size / step) * step

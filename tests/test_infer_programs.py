@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import make_mesh
 
-from infer.engine import Engine, Plan
+from infer.engine import Engine, Plan, ahead
 from infer.programs import bucket
 from infer.sampling import Sampling, pack
 from infer.speculate import Speculator
@@ -36,7 +36,16 @@ def get_config(arg=""):
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [(1, 16), (17, 32), (255, 256), (257, 288), (4096, 4096), (4097, 4608), (131_073, 147_456)],
+    [
+        (1, 64),
+        (65, 128),
+        (255, 256),
+        (257, 320),
+        (1025, 1152),
+        (4096, 4096),
+        (4097, 4608),
+        (131_073, 147_456),
+    ],
 )
 def test_buckets(size, expected):
     assert bucket(size) == expected
@@ -59,6 +68,21 @@ def test_prompts_of_other_lengths_compile_nothing_more(one_device):
     assert sorted(name for name, *_ in engine.programs.compiled) == [
         "advance", "empty", "extend", "keys",
     ]  # fmt: skip
+
+
+def test_the_next_call_is_under_way_while_one_is_shown():
+    calls = []
+
+    def advance(state, stopped_B):
+        calls.append(state)
+        return state + 1, (state == 3, f"text {state}")
+
+    seen = [(text, len(calls)) for (text,) in ahead(advance, 0, np.zeros(2, bool))]
+    assert seen == [("text 0", 2), ("text 1", 3), ("text 2", 4), ("text 3", 5)]
+    stopped_B = np.zeros(2, bool)
+    for shown, _ in enumerate(ahead(advance, 9, stopped_B)):
+        stopped_B[:] = shown == 1  # the caller has seen enough
+    assert calls[5:] == [9, 10, 11]
 
 
 SLOTS = {"full": (full(),), "ring": (sliding(WINDOW),), "both": (full(), sliding(WINDOW))}

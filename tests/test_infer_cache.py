@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from conftest import make_mesh
 
+from core.config import Unsupported
 from infer.engine import Engine, Plan
-from model.attention.spec import moba, nsa
+from infer.sampling import Sampling, pack
+from model.attention.spec import full, moba, nsa, sliding
 from model.cache_form import Form
 
 ROWS = [np.random.default_rng(n).integers(0, 320, n).astype(np.int32) for n in (1, 17, 48, 33)]
+HOST = Form(cache_host=True)
 INT8, INT4 = (Form(k_cache=kind, v_cache=kind) for kind in ("int8", "int4"))
 NEAR_AND_FAR = cases.model_config()
 CHOOSING = cases.model_config(
@@ -64,3 +67,53 @@ def test_quantised_scores_are_off_by_little(config, form, sizes):
 def test_a_chunk_that_is_the_whole_text_reads_no_cache():
     """Its tokens meet as they were computed: so no error of a cache can be measured in it."""
     assert error(NEAR_AND_FAR, INT4, chunk=48) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (NEAR_AND_FAR, (1, 1, 1)),
+        pytest.param(NEAR_AND_FAR, (1, 3, 1), marks=pytest.mark.slow),
+        pytest.param(NEAR_AND_FAR, (2, 2, 2), marks=pytest.mark.slow),
+        pytest.param(CHOOSING, (1, 2, 1), marks=pytest.mark.slow),
+    ],
+)
+def test_scores_from_the_hosts_memory_are_those_of_the_full_forward(config, sizes):
+    assert error(config, HOST, sizes, chunk=6) < 2e-5
+
+
+def test_whole_texts_stay_in_the_hosts_memory(one_device):
+    """Rings do not; steps of decoding give back what they were given, where it was."""
+    model = cases.random_model(NEAR_AND_FAR)
+    engine = Engine(model, Plan.of(1, 17, 8, 6), form=HOST)
+    now = engine.prefill(ROWS[1:2])
+    state = engine.start(now, ROWS[1:2], [0], pack([Sampling(temperature=0, max_tokens=8)]))
+    state, (made, _) = engine.advance(state, np.zeros(1, bool))
+    assert made.tokens_BC[0].tolist() == cases.greedy(model, ROWS[1], 8, 320)
+    held = state.prefilled.cache.slots
+    assert [slot.host for slot in held] == [False, True]
+    for slot in held:
+        kinds = {x.sharding.memory_kind for x in (slot.k_LBKSH, slot.v_LBKSH)}
+        assert kinds == {"pinned_host" if slot.host else "device"}
+        assert slot.positions_BS.sharding.memory_kind == "device"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(cache_pages=2), "cache_host=True with cache_pages=2: .* set one of them to 0"),
+        (dict(k_cache="int8"), "cache_host=True with k_cache='int8', v_cache='compute'"),
+    ],
+)
+def test_what_the_hosts_memory_is_not_for(fields, message):
+    with pytest.raises(Unsupported, match=message):
+        Form(cache_host=True, **fields)
+
+
+def test_rings_are_not_worth_the_hosts_memory():
+    with pytest.raises(Unsupported, match="cache_host=True with layers of kind sliding"):
+        HOST.apply(cases.model_config(pattern=(sliding(6),)))
+    with pytest.raises(Unsupported, match="cache_host=True with layers of kind stream"):
+        Form(cache_host=True, cache_window=8, cache_sinks=2).apply(
+            cases.model_config(pattern=(full(),))
+        )

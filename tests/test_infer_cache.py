@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import pytest
 from conftest import make_mesh
+from tolerances import assert_close
 
 from core.config import Unsupported
+from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
 from infer.sampling import Sampling, pack
 from model.attention.spec import full, moba, nsa, sliding
@@ -35,12 +37,17 @@ def expected(config):
         ]
 
 
-def error(config, form, sizes=(1, 1, 1), chunk=5):
-    """Root mean square of what scores in chunks are off by, in nats."""
+def scores(config, form, sizes=(1, 1, 1), chunk=5):
+    """Log-probabilities of all rows, one after the other, read in chunks."""
     with jax.set_mesh(make_mesh(sizes)):
         engine = Engine(cases.random_model(config), Plan.of(4, 48, 0, chunk), form=form)
-        found = engine.score(ROWS)[1]
-    off = np.concatenate(found) - np.concatenate(expected(config))
+        return np.concatenate(engine.score(ROWS)[1])
+
+
+def error(*how, **more):
+    """Root mean square of what scores in chunks are off by, in nats."""
+    config, *_ = how
+    off = scores(*how, **more) - np.concatenate(expected(config))
     return float(np.sqrt((off**2).mean()))
 
 
@@ -64,9 +71,13 @@ def test_quantised_scores_are_off_by_little(config, form, sizes):
     assert worst / 20 < error(config, form, sizes, chunk=6) < worst
 
 
-def test_a_chunk_that_is_the_whole_text_reads_no_cache():
-    """Its tokens meet as they were computed: so no error of a cache can be measured in it."""
-    assert error(NEAR_AND_FAR, INT4, chunk=48) < 2e-5
+@pytest.mark.parametrize(
+    "config", [NEAR_AND_FAR, pytest.param(CHOOSING, marks=pytest.mark.slow)], ids=["near", "choose"]
+)
+def test_quantised_scores_do_not_hang_on_the_chunks(config):
+    """New tokens meet as they will be read, also where one chunk is the whole text."""
+    in_chunks, at_once = (scores(config, INT4, chunk=chunk) for chunk in (5, 48))
+    assert_close(in_chunks, at_once, "model")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +99,7 @@ def test_whole_texts_stay_in_the_hosts_memory(one_device):
     engine = Engine(model, Plan.of(1, 17, 8, 6), form=HOST)
     now = engine.prefill(ROWS[1:2])
     state = engine.start(now, ROWS[1:2], [0], pack([Sampling(temperature=0, max_tokens=8)]))
-    state, (made, _) = engine.advance(state, np.zeros(1, bool))
+    state, (_, made) = engine.advance(state, np.zeros(1, bool))
     assert made.tokens_BC[0].tolist() == cases.greedy(model, ROWS[1], 8, 320)
     held = state.prefilled.cache.slots
     assert [slot.host for slot in held] == [False, True]
@@ -108,6 +119,19 @@ def test_whole_texts_stay_in_the_hosts_memory(one_device):
 def test_what_the_hosts_memory_is_not_for(fields, message):
     with pytest.raises(Unsupported, match=message):
         Form(cache_host=True, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(cache_pages=4, speculate=2), "cache_pages=4 with speculate=2: .* set one of them"),
+        (dict(cache_host=True), "cache_host=True with share_prefix=64 and beams=0: .* set both"),
+        (dict(cache_host=True, share_prefix=0, beams=2), "share_prefix=0 and beams=2"),
+    ],
+)
+def test_decoding_that_a_cache_cannot_serve(fields, message):
+    with pytest.raises(Unsupported, match=message):
+        DecodeConfig(**fields)
 
 
 def test_rings_are_not_worth_the_hosts_memory():

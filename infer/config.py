@@ -5,7 +5,7 @@ DecodeConfig(prompt="Once", max_tokens=64, temperature=0.8, top_p=0.95)
 
 import dataclasses
 
-from core.config import UserError, setting
+from core.config import Unsupported, UserError, setting
 from infer.sampling import Sampling
 from model.cache_form import Form
 
@@ -45,6 +45,17 @@ class DecodeConfig(Sampling, Form):
         Form.check(self)
         if self.prompt and self.prompts:
             raise UserError(f"prompt={self.prompt!r} and prompts={self.prompts!r}: give one")
+        if self.cache_pages and self.speculate:
+            raise Unsupported(
+                f"cache_pages={self.cache_pages} with speculate={self.speculate}: the pages that "
+                "count are others when several tokens are checked at once, and the text would "
+                "not be the same; set one of them to 0"
+            )
+        if self.cache_host and (self.share_prefix or self.beams):
+            raise Unsupported(
+                f"cache_host=True with share_prefix={self.share_prefix} and beams={self.beams}: "
+                "rows of a cache are copied on the device alone; set both to 0"
+            )
         if self.draft and not self.speculate:
             raise UserError(
                 f"draft={self.draft!r} with speculate=0 guesses nothing: set speculate=4, say"

@@ -129,7 +129,9 @@ class Attention(nnx.Module):
         cache: Stored | None,
     ) -> tuple[jax.Array, New]:
         rules = self.rules
-        qkv = _, k_BTKH, v_BTKH = self._qkv(x_BTD, cos_sin)
+        q_BTNH, k_BTKH, v_BTKH = self._qkv(x_BTD, cos_sin)
+        seen = (k_BTKH, v_BTKH) if cache is None else cache.as_read(k_BTKH, v_BTKH)
+        qkv = q_BTNH, *seen
         how = dict(kernel=self.config.attention_kernel, rules=rules, heads=self._heads())
         of_blocks = None
         if self.branches is not None:

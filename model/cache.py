@@ -9,10 +9,12 @@ is computed where it is kept, and no key or value ever moves.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compute_on import compute_on
 
 from core import tree
 from core.sharding import Rules, device_kind
@@ -24,6 +26,9 @@ from model.cache_form import BITS, Form, Numbers
 from model.config import ModelConfig
 
 PLAIN = Form()
+
+Space = jax.memory.Space
+Fetched = tuple[Kept, Kept] | None  # one layer's keys and values
 
 
 @jax.tree_util.register_dataclass
@@ -37,6 +42,7 @@ class Slot:
     sinks: int = dataclasses.field(default=0, metadata=dict(static=True))  # kept on each shard
     blocks: "Slot | None" = None  # of kinds that choose: the text's whole blocks, as its tokens
     pages: Pages | None = None  # of a cache of which new tokens read a part
+    host: bool = dataclasses.field(default=False, metadata=dict(static=True))  # where K and V are
 
     def write(
         self, k_LBTKH: jax.Array, v_LBTKH: jax.Array, at: Where, seen_B: jax.Array, shard: Shard
@@ -57,9 +63,16 @@ class Slot:
             # Every dim but H is indexed. With a window over L and K a TPU would lay out the whole
             # cache anew for this write, and back for the next read.
             L, _, K = x_LBKSH.shape[:3]
+            new_LBTKH = new_LBTKH.astype(x_LBKSH.dtype)
+            if self.host:
+                # In the order of the cache: XLA cannot send what has the heads inside.
+                new_LBKTH = jnp.moveaxis(new_LBTKH, 2, 3)
+                layer, row, head, _ = jnp.ogrid[:L, :B, :K, :1]
+                new = new_LBKTH, (layer, row, head, index_BT[None, :, None])
+                on_host = compute_on("device_host")(jax.jit(_set))
+                return on_host(x_LBKSH, *jax.device_put(new, Space.Host))
             layer, row, _, head = jnp.ogrid[:L, :B, :1, :K]
-            place = layer, row, head, index_BT[None, :, :, None]
-            return x_LBKSH.at[place].set(new_LBTKH.astype(x_LBKSH.dtype), mode="drop")
+            return _set(x_LBKSH, new_LBTKH, (layer, row, head, index_BT[None, :, :, None]))
 
         def add(held: Kept, new_LBTKH: jax.Array) -> Kept:
             return jax.tree.map(put, held, quantised.like(new_LBTKH, held))
@@ -68,7 +81,8 @@ class Slot:
         positions_BS = self.positions_BS.at[place].set(at.positions_BT, mode="drop")
         k_LBKSH, v_LBKSH = add(self.k_LBKSH, k_LBTKH), add(self.v_LBKSH, v_LBTKH)
         pages = None if self.pages is None else self.pages.add(k_LBTKH, index_BT)
-        return Slot(k_LBKSH, v_LBKSH, positions_BS, self.sinks, self.blocks, pages)
+        kept = dict(k_LBKSH=k_LBKSH, v_LBKSH=v_LBKSH, positions_BS=positions_BS, pages=pages)
+        return dataclasses.replace(self, **kept)
 
     def sharding(self, rules: Rules) -> "Slot":
         """The PartitionSpec of each array."""
@@ -76,7 +90,8 @@ class Slot:
         of_blocks = None if self.blocks is None else self.blocks.sharding(rules)
         k, v = (quantised.sharding(x, kv) for x in (self.k_LBKSH, self.v_LBKSH))
         pages = jax.tree.map(lambda _: kv, self.pages)
-        return Slot(k, v, rules("batch", "kv_length"), self.sinks, of_blocks, pages)
+        at = rules("batch", "kv_length")
+        return Slot(k, v, at, self.sinks, of_blocks, pages, self.host)
 
     @property
     def token_bytes(self) -> int:
@@ -93,15 +108,33 @@ class KVCache:
     slots: tuple[Slot, ...]
     seen_B: jax.Array  # int32
 
-    def stored(self, slot: int, layer: jax.Array) -> Stored:
-        """What layer `layer` of `slot` may read."""
+    def stored(self, slot: int, layer: jax.Array, fetched: Fetched = None) -> Stored:
+        """What layer `layer` of `slot` may read; `fetched` is what `fetch` gave for it."""
 
         def stored(slot: Slot) -> Stored:
             of_blocks = None if slot.blocks is None else stored(slot.blocks)
             arrays = slot.k_LBKSH, slot.v_LBKSH, slot.positions_BS
             return Stored(*arrays, layer, self.seen_B, of_blocks, slot.pages)
 
-        return stored(self.slots[slot])
+        view = stored(self.slots[slot])
+        if fetched is None:
+            return view
+        k_LBKSH, v_LBKSH = fetched
+        return view._replace(k_LBKSH=k_LBKSH, v_LBKSH=v_LBKSH, layer=jnp.int32(0))
+
+    def fetch(self, slot: int, layer: jax.Array, after: jax.Array) -> Fetched:
+        """Begins to copy a layer's keys and values, [1, ...] of each, from the host to the device.
+
+        None for a slot that is on the device. It begins when `after` is there, so that no more
+        layers wait on the device than one is computed before.
+        """
+        held = self.slots[slot]
+        if not held.host:
+            return None
+        layer, _ = jax.lax.optimization_barrier((layer, after))
+        one = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=layer, slice_size=1)
+        parts = jax.tree.map(one, (held.k_LBKSH, held.v_LBKSH))
+        return jax.device_put(parts, Space.Device)
 
     def write(self, new: list[New], at: Where, rules: Rules) -> "KVCache":
         """The cache after the tokens at `at`; `new` is stacked over the layers of each slot.
@@ -168,6 +201,10 @@ def collect(x_BT: jax.Array, start: jax.Array, rules: Rules) -> jax.Array:
     return jnp.moveaxis(x_BPT, 1, 2).reshape(B, T)
 
 
+def _set(x: jax.Array, new: jax.Array, place: tuple[jax.Array, ...]) -> jax.Array:
+    return x.at[place].set(new, mode="drop")
+
+
 def slot_sizes(
     config: ModelConfig, length: int, shards: int, form: Form = PLAIN
 ) -> list[tuple[int, int, int]]:
@@ -227,6 +264,10 @@ def create(
         at = jnp.full((batch, size), -1, jnp.int32, out_sharding=sharding)
         return Slot(k, v, at, sinks)
 
+    def on_host(made: Slot) -> Slot:
+        k, v = jax.device_put((made.k_LBKSH, made.v_LBKSH), Space.Host)
+        return dataclasses.replace(made, k_LBKSH=k, v_LBKSH=v, host=True)
+
     def pages(shape: tuple[int, ...]) -> Pages:
         *rows, S, H = shape
         highest = float(jnp.finfo(dtype).max)
@@ -248,6 +289,8 @@ def create(
 
     def with_blocks(sizes: tuple[int, int, int], spec: AttentionSpec) -> Slot:
         made = slot(*sizes, spec, tokens)
+        if form.hosts(spec):
+            made = on_host(made)
         if form.reads_pages(spec, math.ceil(length / shards), shards):
             made = dataclasses.replace(made, pages=pages(made.k_LBKSH.shape))
         if not spec.top:

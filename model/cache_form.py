@@ -29,6 +29,11 @@ class Form(Section):
     cache_sinks: int = setting(
         0, "with cache_window: first tokens that stay in sight; StreamingLLM has 4", low=0
     )
+    cache_host: bool = setting(
+        False,
+        "layers that keep whole texts keep them in the host's memory; each comes to the "
+        "device while the one before it computes",
+    )
     cache_pages: int = setting(
         0, "a new token reads so many pages of full layers, the likeliest (Quest); 0 is all", low=0
     )
@@ -41,6 +46,16 @@ class Form(Section):
                 "a window; set cache_window too"
             )
 
+        if self.cache_host and self.cache_pages:
+            raise Unsupported(
+                f"cache_host=True with cache_pages={self.cache_pages}: pages are read where they "
+                "lie, and nothing on the device reads the host's memory; set one of them to 0"
+            )
+        if self.cache_host and self._numbers:
+            raise Unsupported(
+                f"cache_host=True with k_cache={self.k_cache!r}, v_cache={self.v_cache!r}: no "
+                "compiler for TPUs writes so few bits to the host's memory; take 'compute' for both"
+            )
         if self.cache_pages and self.cache_window:
             raise UserError(
                 f"cache_pages={self.cache_pages} with cache_window={self.cache_window}: pages are "
@@ -57,7 +72,12 @@ class Form(Section):
         """For tables: "int8", "k8v4"; "plain" if nothing is special."""
         stream = f"stream {self.cache_window}+{self.cache_sinks}" * bool(self.cache_window)
         quest = f"quest {self.cache_pages}x{self.cache_page}" * bool(self.cache_pages)
-        return ", ".join(filter(None, (self._numbers, stream, quest))) or "plain"
+        host = "host" * self.cache_host
+        return ", ".join(filter(None, (self._numbers, stream, quest, host))) or "plain"
+
+    def hosts(self, spec: AttentionSpec) -> bool:
+        """Whether tokens of this layer are in the host's memory: rings are not worth it."""
+        return self.cache_host and not spec.mask.kept
 
     def pages(self, shards: int) -> int:
         """Pages that each shard of the length reads."""
@@ -76,6 +96,16 @@ class Form(Section):
                 f"cache_pages={self.cache_pages} with model.pattern of kind {kinds}: pages are "
                 "chosen in layers of kind='full', and there is none; set cache_pages=0"
             )
+        model = self._read(model)
+        if self.cache_host and not any(map(self.hosts, model.pattern)):
+            kinds = ", ".join(sorted({spec.kind for spec in model.pattern}))
+            raise Unsupported(
+                f"cache_host=True with layers of kind {kinds}: they keep the end of a text alone, "
+                "on the device; set cache_host=False"
+            )
+        return model
+
+    def _read(self, model: ModelConfig) -> ModelConfig:
         if not self.cache_window:
             return model
         if model.learned_positions:

@@ -108,20 +108,27 @@ class Transformer(nnx.Module):
         new, slot = [], 0
         for blocks, (_, layers) in zip(self.stages, config.stages, strict=True):
 
-            def group(x_BTD, scanned, first_slot=slot):
-                blocks, layer = scanned
+            def group(carry, scanned, first_slot=slot, layers=layers):
+                (x_BTD, fetched), (blocks, layer) = carry, scanned
                 x_BTD, kvs = checkpoint_name(x_BTD, LAYER), []
                 for i, block in enumerate(blocks):
-                    stored = cache.stored(first_slot + i, layer) if cache is not None else None
+                    stored = None
+                    if cache is not None:
+                        stored = cache.stored(first_slot + i, layer, fetched)
+                        ahead = i + 1, layer
+                        if i + 1 == len(blocks):
+                            ahead = 0, jnp.minimum(layer + 1, layers - 1)
+                        fetched = cache.fetch(first_slot + ahead[0], ahead[1], x_BTD)
                     spec = block.attention.spec
                     cos_sin = tables.get((spec.rope, config.kv_shape(spec)[1]))
                     x_BTD, kv = block(x_BTD, at, cos_sin, stored)
                     kvs.append(kv)
-                return x_BTD, (kvs if cache is not None else None)
+                return (x_BTD, fetched), (kvs if cache is not None else None)
 
             if remat != "none":
                 group = jax.checkpoint(group, policy=REMAT_POLICIES[remat], prevent_cse=False)
-            x_BTD, kvs = _scan(group, x_BTD, blocks, layers)
+            fetched = cache.fetch(slot, jnp.int32(0), x_BTD) if cache is not None else None
+            (x_BTD, _), kvs = _scan(group, (x_BTD, fetched), blocks, layers)
             new, slot = new + (kvs or []), slot + len(blocks)
         return self.final_norm(x_BTD), new
 
@@ -187,13 +194,13 @@ class Transformer(nnx.Module):
         return cap * jnp.tanh(logits_V / cap) if cap else logits_V
 
 
-def _scan(group: Callable, x_BTD: jax.Array, blocks: Any, layers: int) -> tuple[jax.Array, Any]:
+def _scan(group: Callable, carry: Any, blocks: Any, layers: int) -> tuple[Any, Any]:
     """lax.scan over the layers; what is a single one is no loop, in which XLA would copy it."""
     if layers > 1:
-        return jax.lax.scan(group, x_BTD, (blocks, jnp.arange(layers)))
+        return jax.lax.scan(group, carry, (blocks, jnp.arange(layers)))
     only = jax.tree.map(lambda x_1: x_1[0], blocks), jnp.int32(0)
-    x_BTD, kvs = group(x_BTD, only)
-    return x_BTD, jax.tree.map(lambda x: x[None], kvs)
+    carry, kvs = group(carry, only)
+    return carry, jax.tree.map(lambda x: x[None], kvs)
 
 
 def check_mesh(config: ModelConfig, rules: Rules) -> None:

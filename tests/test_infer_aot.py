@@ -1,5 +1,6 @@
 """Prefill and decode by the real TPU compiler, for a slice that is not there."""
 
+import dataclasses
 import functools
 
 import infer_cases as cases
@@ -20,6 +21,20 @@ pytestmark = pytest.mark.usefixtures("compile_only")
 LENGTH, CHUNK = 65_536, 64
 
 
+def in_its_memory(slot):
+    """Shapes of keys and values whose shardings say that they are the host's."""
+    if not slot.host:
+        return slot
+
+    def there(x):
+        mesh = jax.sharding.get_mesh()
+        place = jax.NamedSharding(mesh, x.sharding.spec, memory_kind="pinned_host")
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    k_LBKSH, v_LBKSH = jax.tree.map(there, (slot.k_LBKSH, slot.v_LBKSH))
+    return dataclasses.replace(slot, k_LBKSH=k_LBKSH, v_LBKSH=v_LBKSH)
+
+
 def program(name, form=Form()):  # noqa: B008 (immutable)
     """(compiled, bytes of the cache) of one text on 2 shards of its length and 2 of the heads."""
     rules = sharding.prefilling() if name == "extend" else sharding.decoding()
@@ -38,6 +53,9 @@ def program(name, form=Form()):  # noqa: B008 (immutable)
         return now, row_B, steps.State(now, row_B, row_B, row_B > 0, keys_B, packed, None)
 
     now, row_B, decoding = jax.eval_shape(state)
+    slots = tuple(map(in_its_memory, now.cache.slots))
+    now = dataclasses.replace(now, cache=dataclasses.replace(now.cache, slots=slots))
+    decoding = dataclasses.replace(decoding, prefilled=now)
     if name == "extend":
         place = jax.NamedSharding(jax.sharding.get_mesh(), rules("batch", None))
         tokens_BT = jax.ShapeDtypeStruct((1, CHUNK), jnp.int32, sharding=place)
@@ -62,3 +80,23 @@ def test_a_tpu_copies_no_cache_and_sends_none(name, form):
     assert memory.temp_size_in_bytes < cache_bytes / 4 / 8
     for collective in hlo.count(compiled.as_text(), scope="").collectives:
         assert collective.bytes < cache_bytes / 4 / 8, collective
+
+
+@pytest.mark.parametrize("name", ["extend", "advance"])
+def test_a_tpu_fetches_a_layer_from_the_host_while_it_computes_the_one_before(name):
+    """The device has two layers of four, and what it computes; the cache stays where it is."""
+    with jax.set_mesh(make_mesh(MeshConfig(seq=2, model=2), aot.slice_devices("v5e:2x2"))):
+        compiled, cache_bytes = program(name, Form(cache_host=True))
+    memory, on_device = compiled.memory_analysis(), cache_bytes / 4
+    assert memory.host_argument_size_in_bytes > 0.99 * on_device
+    assert memory.host_alias_size_in_bytes == memory.host_argument_size_in_bytes
+    assert memory.argument_size_in_bytes < on_device / 8
+    assert memory.temp_size_in_bytes < 0.7 * on_device
+    assert any(map(_in_order, compiled.as_text().split("\n\n")))
+
+
+def _in_order(computation):
+    """Whether the loop over a layer's keys is between the start and the end of a copy."""
+    marks = "dynamic-slice-start(", " while(", "dynamic-slice-done("
+    start, loop, done = map(computation.find, marks)
+    return 0 < start < loop < done

@@ -7,12 +7,17 @@ import jax
 import numpy as np
 import pytest
 from conftest import make_mesh
+from tolerances import assert_close
 
+from core.config import Unsupported
+from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
-from model.attention.spec import moba, nsa
+from infer.sampling import Sampling, pack
+from model.attention.spec import full, moba, nsa, sliding
 from model.cache_form import Form
 
 ROWS = [np.random.default_rng(n).integers(0, 320, n).astype(np.int32) for n in (1, 17, 48, 33)]
+HOST = Form(cache_host=True)
 INT8, INT4 = (Form(k_cache=kind, v_cache=kind) for kind in ("int8", "int4"))
 NEAR_AND_FAR = cases.model_config()
 CHOOSING = cases.model_config(
@@ -32,12 +37,17 @@ def expected(config):
         ]
 
 
-def error(config, form, sizes=(1, 1, 1), chunk=5):
-    """Root mean square of what scores in chunks are off by, in nats."""
+def scores(config, form, sizes=(1, 1, 1), chunk=5):
+    """Log-probabilities of all rows, one after the other, read in chunks."""
     with jax.set_mesh(make_mesh(sizes)):
         engine = Engine(cases.random_model(config), Plan.of(4, 48, 0, chunk), form=form)
-        found = engine.score(ROWS)[1]
-    off = np.concatenate(found) - np.concatenate(expected(config))
+        return np.concatenate(engine.score(ROWS)[1])
+
+
+def error(*how, **more):
+    """Root mean square of what scores in chunks are off by, in nats."""
+    config, *_ = how
+    off = scores(*how, **more) - np.concatenate(expected(config))
     return float(np.sqrt((off**2).mean()))
 
 
@@ -61,6 +71,73 @@ def test_quantised_scores_are_off_by_little(config, form, sizes):
     assert worst / 20 < error(config, form, sizes, chunk=6) < worst
 
 
-def test_a_chunk_that_is_the_whole_text_reads_no_cache():
-    """Its tokens meet as they were computed: so no error of a cache can be measured in it."""
-    assert error(NEAR_AND_FAR, INT4, chunk=48) < 2e-5
+@pytest.mark.parametrize(
+    "config", [NEAR_AND_FAR, pytest.param(CHOOSING, marks=pytest.mark.slow)], ids=["near", "choose"]
+)
+def test_quantised_scores_do_not_hang_on_the_chunks(config):
+    """New tokens meet as they will be read, also where one chunk is the whole text."""
+    in_chunks, at_once = (scores(config, INT4, chunk=chunk) for chunk in (5, 48))
+    assert_close(in_chunks, at_once, "model")
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (NEAR_AND_FAR, (1, 1, 1)),
+        pytest.param(NEAR_AND_FAR, (1, 3, 1), marks=pytest.mark.slow),
+        pytest.param(NEAR_AND_FAR, (2, 2, 2), marks=pytest.mark.slow),
+        pytest.param(CHOOSING, (1, 2, 1), marks=pytest.mark.slow),
+    ],
+)
+def test_scores_from_the_hosts_memory_are_those_of_the_full_forward(config, sizes):
+    assert error(config, HOST, sizes, chunk=6) < 2e-5
+
+
+def test_whole_texts_stay_in_the_hosts_memory(one_device):
+    """Rings do not; steps of decoding give back what they were given, where it was."""
+    model = cases.random_model(NEAR_AND_FAR)
+    engine = Engine(model, Plan.of(1, 17, 8, 6), form=HOST)
+    now = engine.prefill(ROWS[1:2])
+    state = engine.start(now, ROWS[1:2], [0], pack([Sampling(temperature=0, max_tokens=8)]))
+    state, (_, made) = engine.advance(state, np.zeros(1, bool))
+    assert made.tokens_BC[0].tolist() == cases.greedy(model, ROWS[1], 8, 320)
+    held = state.prefilled.cache.slots
+    assert [slot.host for slot in held] == [False, True]
+    for slot in held:
+        kinds = {x.sharding.memory_kind for x in (slot.k_LBKSH, slot.v_LBKSH)}
+        assert kinds == {"pinned_host" if slot.host else "device"}
+        assert slot.positions_BS.sharding.memory_kind == "device"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(cache_pages=2), "cache_host=True with cache_pages=2: .* set one of them to 0"),
+        (dict(k_cache="int8"), "cache_host=True with k_cache='int8', v_cache='compute'"),
+    ],
+)
+def test_what_the_hosts_memory_is_not_for(fields, message):
+    with pytest.raises(Unsupported, match=message):
+        Form(cache_host=True, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(cache_pages=4, speculate=2), "cache_pages=4 with speculate=2: .* set one of them"),
+        (dict(cache_host=True), "cache_host=True with share_prefix=64 and beams=0: .* set both"),
+        (dict(cache_host=True, share_prefix=0, beams=2), "share_prefix=0 and beams=2"),
+    ],
+)
+def test_decoding_that_a_cache_cannot_serve(fields, message):
+    with pytest.raises(Unsupported, match=message):
+        DecodeConfig(**fields)
+
+
+def test_rings_are_not_worth_the_hosts_memory():
+    with pytest.raises(Unsupported, match="cache_host=True with layers of kind sliding"):
+        HOST.apply(cases.model_config(pattern=(sliding(6),)))
+    with pytest.raises(Unsupported, match="cache_host=True with layers of kind stream"):
+        Form(cache_host=True, cache_window=8, cache_sinks=2).apply(
+            cases.model_config(pattern=(full(),))
+        )

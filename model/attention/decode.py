@@ -50,6 +50,13 @@ class Stored(NamedTuple):
     blocks: "Stored | None" = None  # the text's whole blocks, for kinds that choose among them
     pages: Pages | None = None  # of a cache of which new tokens read a part (quest.py)
 
+    def as_read(self, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """New keys and values as they will be read from here, when they are stored.
+
+        So what a token sees does not hang on how a text is cut into chunks.
+        """
+        return quantised.as_read(k_BTKH, self.k_LBKSH), quantised.as_read(v_BTKH, self.v_LBKSH)
+
     def sharding(self, rules: Rules) -> "Stored":
         """The PartitionSpec of each field."""
         kv = rules(None, "batch", "act_kv_heads", "kv_length", None)

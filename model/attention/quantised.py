@@ -79,6 +79,11 @@ def dequantise(held: Kept, dtype: jnp.dtype) -> jax.Array:
     return x.astype(dtype)
 
 
+def as_read(new: jax.Array, held: Kept) -> jax.Array:
+    """`new` as it will be read once it is stored in `held`."""
+    return dequantise(like(new, held), new.dtype)
+
+
 def scaled(x: jax.Array, scale: jax.Array | None) -> jax.Array:
     """Scores or weights times the scales of their keys or values, if these have any."""
     return x if scale is None else x * scale.astype(x.dtype)

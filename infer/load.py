@@ -21,7 +21,7 @@ from data.tokenizer_base import Tokenizer
 from infer import layout
 from model import parts, quantised, transformer, weights
 from model.config import ModelConfig
-from model.quantised import Form
+from model.quantised import Form, Quantised, Table
 from model.transformer import Transformer
 
 
@@ -78,7 +78,7 @@ def restore(found: Found, rules: Rules, form: Form | None = None) -> Transformer
         pieces = []
         for first in range(0, count, step):
             values = stored.read(first, min(first + step, count))
-            pieces.append(_rounded(name, jax.device_put(values, place), found.config, form))
+            pieces.append(_used_up(name, jax.device_put(values, place), found.config, form))
             del values  # before the next are read
         leaves[name] = jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)
     return layout.place(found.config, rules, leaves)
@@ -87,17 +87,23 @@ def restore(found: Found, rules: Rules, form: Form | None = None) -> Transformer
 def rounded(model: Transformer, form: Form) -> Transformer:
     """The same weights in `form`; each float one is gone as soon as it is rounded."""
     leaves = tree.named_leaves(model).items()
-    leaves = {name: _rounded(name, x, model.config, form) for name, x in leaves}
+    leaves = {name: _used_up(name, x, model.config, form) for name, x in leaves}
     return layout.place(model.config, model.rules, leaves)
 
 
-def _rounded(name: str, x: jax.Array, config: ModelConfig, form: Form) -> Any:
-    matrix = parts.matrices(config).get(name)
-    if matrix is None and not weights.is_table(name):
-        return _cast(name, x, config)
-    few_bits = _quantise_table(x) if matrix is None else _quantise(x, matrix.input_dims, form, True)
-    x.delete()
+def _used_up(name: str, x: jax.Array, config: ModelConfig, form: Form) -> Any:
+    few_bits = rounded_weight(name, x, config, form)
+    if isinstance(few_bits, Quantised | Table):
+        x.delete()
     return few_bits
+
+
+def rounded_weight(name: str, x: jax.Array, config: ModelConfig, form: Form) -> Any:
+    """The parameter `name` as a model holds it whose weights are in `form`."""
+    matrix = parts.matrices(config).get(name)
+    if matrix is not None:
+        return _quantise(x, matrix.input_dims, form, True)
+    return _quantise_table(x) if weights.is_table(name) else _cast(name, x, config)
 
 
 _quantise = jax.jit(quantised.quantise, static_argnums=(1, 2, 3))

@@ -111,15 +111,6 @@ def _rounded(w: jax.Array, axis: int, form: Form) -> tuple[jax.Array, jax.Array]
     return q.astype(jnp.int8), scales
 
 
-def dequantise(w: Quantised | Table, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """The numbers that it stands for: [*stack, Z * C, O] or [V, D]."""
-    if isinstance(w, Table):
-        return (w.values_VD.astype(dtype) * w.scales_V.astype(dtype)[:, None]).astype(dtype)
-    q_ZCO = jnp.concatenate(_halves(w.values_ZCO, w.bits), axis=-2)
-    w_ZCO = q_ZCO.astype(dtype) * w.scales_ZO.astype(dtype)[..., None, :]
-    return w_ZCO.reshape(*w_ZCO.shape[:-3], -1, w_ZCO.shape[-1])
-
-
 def product(
     x: jax.Array, w: Quantised, inputs: int, out_sharding: PartitionSpec | None = None
 ) -> jax.Array:

@@ -28,8 +28,9 @@ from infer.rows import Row, Spent, read_rows
 from infer.sampling import Packed, Sampling, pack
 from infer.speculate import Speculator
 from infer.steps import Made
-from model import parts, quantised, weights
+from model import parts, weights
 from model.cache_form import Form
+from model.quantised import Rounding
 
 
 def main(experiment: Experiment) -> list[dict]:
@@ -173,7 +174,7 @@ class Show:
             self._stderr.print(prompt, style="dim", end="")
 
 
-def header(found: Found, config: DecodeConfig, rows: list[Row], rounding: Any) -> str:
+def header(found: Found, config: DecodeConfig, rows: list[Row], rounding: Rounding | None) -> str:
     """One line: what decodes, on what, and how."""
     device = jax.devices()[0]
     how = [f"temperature {config.temperature:g}" if config.temperature else "greedy"]

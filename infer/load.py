@@ -21,7 +21,7 @@ from data.tokenizer_base import Tokenizer
 from infer import layout
 from model import parts, quantised, transformer, weights
 from model.config import ModelConfig
-from model.quantised import Form, Quantised, Table
+from model.quantised import Quantised, Rounding, Table
 from model.transformer import Transformer
 
 
@@ -51,7 +51,7 @@ def find(path: str | Path, step: int | None = None) -> Found:
     return found
 
 
-def restore(found: Found, rules: Rules, form: Form | None = None) -> Transformer:
+def restore(found: Found, rules: Rules, form: Rounding | None = None) -> Transformer:
     """The weights in the compute dtype, placed by `rules` on the mesh in use for decoding.
 
     Those that `form` rounds are read and rounded one after the other: few are ever floats.
@@ -84,21 +84,21 @@ def restore(found: Found, rules: Rules, form: Form | None = None) -> Transformer
     return layout.place(found.config, rules, leaves)
 
 
-def rounded(model: Transformer, form: Form) -> Transformer:
+def rounded(model: Transformer, form: Rounding) -> Transformer:
     """The same weights in `form`; each float one is gone as soon as it is rounded."""
     leaves = tree.named_leaves(model).items()
     leaves = {name: _used_up(name, x, model.config, form) for name, x in leaves}
     return layout.place(model.config, model.rules, leaves)
 
 
-def _used_up(name: str, x: jax.Array, config: ModelConfig, form: Form) -> Any:
+def _used_up(name: str, x: jax.Array, config: ModelConfig, form: Rounding) -> Any:
     few_bits = rounded_weight(name, x, config, form)
     if isinstance(few_bits, Quantised | Table):
         x.delete()
     return few_bits
 
 
-def rounded_weight(name: str, x: jax.Array, config: ModelConfig, form: Form) -> Any:
+def rounded_weight(name: str, x: jax.Array, config: ModelConfig, form: Rounding) -> Any:
     """The parameter `name` as a model holds it whose weights are in `form`."""
     matrix = parts.matrices(config).get(name)
     if matrix is not None:

@@ -15,8 +15,8 @@ NOTES = """\
 1 GB is 10^9 bytes, all figures are of all devices together. Exact from shapes: parameters, weights,
 cache, state. Weights in int8 and int4: the layers' matrices, {groups};
 embedding and head in int8, a row as one group; a {scale_dtype} scale a group; all else is
-in model.dtype. A cache in int8 and int4 has a key or a value of a head ({cache_group}) as one group.
-A sliding layer keeps its window alone; positions are counted.
+in model.dtype. A cache in int8 and int4: each key and each value of a head ({cache_group}) is a
+group. A sliding layer keeps its window alone; positions are counted.
 FLOPs: 2 for a multiply-add; seen: keys that the masks let a token see, all: every key; training is
 three forward passes; decode: the last token of the context.
 Training: AdamW on all parameters, gradients whole beside them; activations as differentiation asks

@@ -14,9 +14,10 @@ import jax.extend
 import jax.numpy as jnp
 
 from core import sharding, tree
-from model import cache, parts, quantised, transformer, weights
+from model import cache, parts, transformer, weights
 from model.cache_form import Form
 from model.config import ModelConfig
+from model.quantised import Rounding
 from model.transformer import Remat
 
 Format = Literal["float32", "bfloat16", "int8", "int4"]
@@ -55,7 +56,7 @@ def weight_bytes(config: ModelConfig, form: Format, group: int | None) -> int:
     )
 
 
-def _rounded_bytes(config: ModelConfig, form: quantised.Form) -> int:
+def _rounded_bytes(config: ModelConfig, form: Rounding) -> int:
     matrices, total = parts.matrices(config), 0
     for name, x in parts.shapes(config).items():
         if name in matrices:

@@ -1,6 +1,6 @@
 """Which weights of a model are rounded to int8 or int4 for decoding, and how.
 
-    form = rounding(config, rules, "int4", group=None)   # Form(bits=4, group=128)
+    form = rounding(config, rules, "int4", group=None)   # Rounding(bits=4, group=128)
 
 The matrices of the layers are; the tables (embedding, head) are int8 in both, each row with a
 scale of its own. All else, which is little, is as in the compute dtype.
@@ -14,7 +14,7 @@ from core.config import UserError
 from core.sharding import Rules
 from model import parts
 from model.config import ModelConfig
-from model.quantised import Form, Quantised, Table
+from model.quantised import Quantised, Rounding, Table
 
 Kind = Literal["compute", "int8", "int4"]
 BITS = {"int8": 8, "int4": 4}
@@ -23,7 +23,7 @@ GROUP = 128  # inputs, at most, when a user names no group for int4
 AXES = {"D": "embed", "N": "heads", "F": "mlp"}  # what shards the inputs, by their first dim
 
 
-def rounding(config: ModelConfig, rules: Rules, kind: Kind, group: int | None) -> Form | None:
+def rounding(config: ModelConfig, rules: Rules, kind: Kind, group: int | None) -> Rounding | None:
     """None for the compute dtype. With no `group` int8 has one scale an output, and int4 groups as
     large as divide the inputs of every matrix, of each device, up to GROUP.
 
@@ -59,10 +59,10 @@ def rounding(config: ModelConfig, rules: Rules, kind: Kind, group: int | None) -
                 f"weights='int4' with weights_group={group}: {name} has {size} inputs, and they "
                 "go in pairs; use int8"
             )
-    return Form(BITS[kind], group)
+    return Rounding(BITS[kind], group)
 
 
-def text(form: Form | None) -> str:
+def text(form: Rounding | None) -> str:
     """What a line that tells of the model goes on with: `, int4 weights in groups of 32`."""
     if form is None:
         return ""

@@ -15,7 +15,7 @@ from model import quantised, weights
 from model.attention.spec import full
 from model.config import ModelConfig
 from model.linear import project
-from model.quantised import Form
+from model.quantised import Rounding
 
 CONFIG = ModelConfig(
     vocab_size=96,
@@ -28,7 +28,7 @@ CONFIG = ModelConfig(
     mlp_dim=96,
     pattern=(full(),),
 )
-FORMS = [Form(8), Form(8, 16), Form(4, 16), Form(4, 32)]
+FORMS = [Rounding(8), Rounding(8, 16), Rounding(4, 16), Rounding(4, 32)]
 ROWS, PLACES = (2, 4), PartitionSpec("data", "seq")  # of what is multiplied
 PRODUCTS = {  # subscripts: shape and sharding of the weight, sharding of the result
     "BTD,DNH->BTNH": ((64, 4, 16), (None, "model", None), None),
@@ -113,10 +113,10 @@ def test_tables_give_rows_and_logits(monkeypatch, sizes):
 
 @pytest.mark.parametrize("sizes, kind, group, expected", [
     ((1, 1, 1), "compute", None, None),
-    ((1, 1, 1), "int8", None, Form(8, 0)),
-    ((1, 1, 1), "int4", None, Form(4, 32)),
-    ((2, 1, 2), "int4", None, Form(4, 16)),  # 48 of the MLP on a device
-    ((2, 1, 2), "int8", 0, Form(8, 0)),
+    ((1, 1, 1), "int8", None, Rounding(8, 0)),
+    ((1, 1, 1), "int4", None, Rounding(4, 32)),
+    ((2, 1, 2), "int4", None, Rounding(4, 16)),  # 48 of the MLP on a device
+    ((2, 1, 2), "int8", 0, Rounding(8, 0)),
 ])  # fmt: skip
 def test_groups_are_as_large_as_divide_all_inputs(sizes, kind, group, expected):
     with jax.set_mesh(make_mesh(sizes)):

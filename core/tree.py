@@ -1,5 +1,6 @@
 """Pytrees as flat dicts of named leaves: what checkpoints, masks and reports speak of."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -7,9 +8,9 @@ import jax
 T = TypeVar("T")
 
 
-def named_leaves(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """Leaves by dotted path, as `stages.0.1.attention.q_DNH`."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
     return {name(path): leaf for path, leaf in leaves}
 
 

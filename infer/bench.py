@@ -32,7 +32,7 @@ from infer.config import BenchConfig
 from infer.engine import Engine, Plan
 from infer.sampling import Sampling, pack
 from infer.steps import STEPS, Prefilled
-from model import cache, flops, transformer
+from model import cache, flops, parts, transformer, weights
 from model.cache import KVCache
 from model.cache_form import Form
 from model.config import ModelConfig
@@ -67,12 +67,12 @@ def main(experiment: Experiment) -> dict[str, Any]:
     began = time.perf_counter()
     backend.keep_programs(experiment.workdir)
     with jax.set_mesh(make_mesh(experiment.mesh)):
-        model, weights = open_model(experiment)
+        model, source = open_model(experiment)
         report = {
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "config": experiment.name,
-            "weights": weights,
-            "parameters": tree.num_elements(model),
+            "weights": source,
+            "parameters": parts.total(model.config),
             "model": to_dict(model.config),
             "bench": to_dict(config),
             "rows": [],
@@ -99,11 +99,18 @@ def open_model(experiment: Experiment) -> tuple[Transformer, str]:
     path = config.checkpoint or experiment.workdir
     mesh = experiment.mesh
     rules = sharding.prefilling(mesh.strategy, mesh.ulysses, mesh.both_ways)
+    how = config.weights, config.weights_group
     if config.checkpoint or config.step is not None or (Path(path) / CONFIG).is_file():
         found = load.find(path, config.step)
-        return load.restore(found, rules), f"{path} step {found.step}"
+        form = weights.rounding(found.config, rules, *how)
+        source = f"{path} step {found.step}{weights.text(form)}"
+        return load.restore(found, rules, form), source
+    form = weights.rounding(experiment.model, rules, *how)
+    source = f"random, as {path} is no bundle{weights.text(form)}"
     model = transformer.create(experiment.model, rules, jax.random.key(0))
-    return load.in_compute_dtype(model, experiment.model), f"random, as {path} is no bundle"
+    if form is None:
+        return load.in_compute_dtype(model, experiment.model), source
+    return load.rounded(model, form), source
 
 
 def variants(model: Transformer) -> dict[str, Transformer]:
@@ -115,7 +122,7 @@ def variants(model: Transformer) -> dict[str, Transformer]:
     pattern = tuple(spec.everywhere() for spec in config.pattern)
     full_config = dataclasses.replace(config, pattern=pattern)
     everywhere = transformer.abstract(full_config, model.rules)
-    return {kinds[0]: model, "full": tree.with_leaves(everywhere, tree.named_leaves(model))}
+    return {kinds[0]: model, "full": tree.with_leaves(everywhere, weights.leaves(model))}
 
 
 def sweep(model: Transformer, attention: str, config: BenchConfig) -> Iterator[dict[str, Any]]:
@@ -256,8 +263,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---:|" * len(COLUMNS)]
     for row in report["rows"]:
         lines.append("| " + " | ".join(show(row) for show in COLUMNS.values()) + " |")
-    repeats, weights = report["bench"]["repeats"], report["weights"]
-    return "\n".join([*lines, "", NOTES.format(repeats=repeats, steps=STEPS, weights=weights)])
+    repeats, source = report["bench"]["repeats"], report["weights"]
+    return "\n".join([*lines, "", NOTES.format(repeats=repeats, steps=STEPS, weights=source)])
 
 
 if __name__ == "__main__":

@@ -5,13 +5,27 @@ DecodeConfig(prompt="Once", max_tokens=64, temperature=0.8, top_p=0.95)
 
 import dataclasses
 
-from core.config import Unsupported, UserError, setting
+from core.config import Section, Unsupported, UserError, setting
 from infer.sampling import Sampling
 from model.cache_form import Form
+from model.weights import Kind
 
 
 @dataclasses.dataclass(frozen=True)
-class DecodeConfig(Sampling, Form):
+class Weights(Section):
+    """How the weights are held."""
+
+    weights: Kind = setting("compute", "model.dtype, or rounded to int8 or int4 when they are read")
+    weights_group: int | None = setting(
+        None,
+        "inputs of a matrix that share a scale; 0 is all; None is all in int8, and in int4 as many "
+        "as divide every matrix, up to 128",
+        low=0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig(Sampling, Weights, Form):
     """What `python -m infer.decode` continues, and how."""
 
     checkpoint: str = setting("", "a bundle; empty is the workdir")
@@ -65,7 +79,7 @@ class DecodeConfig(Sampling, Form):
 
 
 @dataclasses.dataclass(frozen=True)
-class ScoreConfig(Form):
+class ScoreConfig(Weights, Form):
     """What `python -m infer.score` reads."""
 
     checkpoint: str = setting("", "a bundle; empty is the workdir")
@@ -77,7 +91,7 @@ class ScoreConfig(Form):
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchConfig(Form):
+class BenchConfig(Weights, Form):
     """The context-window sweep of `python -m infer.bench`: speed and memory, not quality."""
 
     checkpoint: str = setting("", "a bundle; empty is the workdir, or random weights")

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from core import backend, cli, tree
+from core import backend, cli
 from core.checkpoint import write_text
 from core.config import Experiment
 from core.sharding import MeshConfig, make_mesh, prefilling
@@ -28,7 +28,9 @@ from infer.rows import Row, Spent, read_rows
 from infer.sampling import Packed, Sampling, pack
 from infer.speculate import Speculator
 from infer.steps import Made
+from model import parts, weights
 from model.cache_form import Form
+from model.quantised import Rounding
 
 
 def main(experiment: Experiment) -> list[dict]:
@@ -45,7 +47,8 @@ def main(experiment: Experiment) -> list[dict]:
     with jax.set_mesh(make_mesh(experiment.mesh)):
         mesh = experiment.mesh
         rules = prefilling(mesh.strategy, mesh.ulysses, mesh.both_ways)
-        model = load.restore(found, rules)
+        rounding = weights.rounding(found.config, rules, config.weights, config.weights_group)
+        model = load.restore(found, rules, rounding)
         longest = max(len(row.prompt.tokens) for row in rows)
         length = max(len(row.prompt.tokens) + row.how.max_tokens for row in rows)
         asked, at_once = rows, min(config.batch_size, len(rows))
@@ -54,7 +57,7 @@ def main(experiment: Experiment) -> list[dict]:
             at_once = beam.at_once(config.batch_size, len(asked) // config.beams, config.beams)
         plan = Plan.of(at_once, longest, length - longest, config.prefill_chunk)
         engine = Engine(model, plan, found.tokenizer, config.top_logprobs, Form.of(config))
-        print(header(found, config, rows, tree.num_elements(model)), file=sys.stderr, flush=True)
+        print(header(found, config, rows, rounding), file=sys.stderr, flush=True)
         packed = pack([row.how for row in rows])
         show, spent = Show(rows, config.stream), Spent()
         prompts, new = zip(*((row.prompt.tokens, row.how.max_tokens) for row in asked), strict=True)
@@ -172,7 +175,7 @@ class Show:
             self._stderr.print(prompt, style="dim", end="")
 
 
-def header(found: Found, config: DecodeConfig, rows: list[Row], num_parameters: int) -> str:
+def header(found: Found, config: DecodeConfig, rows: list[Row], rounding: Rounding | None) -> str:
     """One line: what decodes, on what, and how."""
     device = jax.devices()[0]
     how = [f"temperature {config.temperature:g}" if config.temperature else "greedy"]
@@ -187,8 +190,8 @@ def header(found: Found, config: DecodeConfig, rows: list[Row], num_parameters: 
     own = sum(bool(row.prompt.settings) for row in rows)
     how += [f"seed {config.seed}"] + [f"{own} of {len(rows)} rows set their own"] * bool(own)
     return (
-        f"{found.path} step {found.step}, {num_parameters / 1e6:.1f} M parameters, "
-        f"{jax.device_count()} x {device.device_kind}; {', '.join(how)}"
+        f"{found.path} step {found.step}, {parts.total(found.config) / 1e6:.1f} M parameters"
+        f"{weights.text(rounding)}, {jax.device_count()} x {device.device_kind}; {', '.join(how)}"
     )
 
 

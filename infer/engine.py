@@ -23,7 +23,7 @@ from infer.draw import Counts
 from infer.programs import Programs, bucket
 from infer.sampling import Packed
 from infer.steps import Made, Prefilled, State
-from model import cache, transformer
+from model import cache, transformer, weights
 from model.cache import PLAIN
 from model.cache_form import Form
 from model.transformer import Transformer
@@ -77,11 +77,11 @@ class Engine:
         of an engine for the same plan and another model, which it shares.
         """
         as_read = transformer.abstract(form.apply(model.config), model.rules)
-        self.model = model = tree.with_leaves(as_read, tree.named_leaves(model))
+        self.model = model = tree.with_leaves(as_read, weights.leaves(model))
         self.plan, self.form = plan, form
         # The same weights, under the rules by which new tokens come one at a time.
         one_by_one = transformer.abstract(model.config, sharding.decoding())
-        self.decoder = tree.with_leaves(one_by_one, tree.named_leaves(model))
+        self.decoder = tree.with_leaves(one_by_one, weights.leaves(model))
         self.static = dict(
             top_logprobs=top_logprobs,
             eos=tokenizer.eos if tokenizer else (),

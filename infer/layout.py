@@ -39,7 +39,7 @@ def place(config: ModelConfig, rules: Rules, weights: dict[str, Any]) -> Transfo
             for i, layer in enumerate(_apart(x)):
                 at = rest + i * slots + slot
                 new[f"stages.0.{at}.{name[in_stage.end() :]}"] = layer
-        elif name in TABLES and x.dtype == jnp.bfloat16:
+        elif name in TABLES and isinstance(x, jax.Array) and x.dtype == jnp.bfloat16:
             new[name] = _raw(x)
         else:
             new[name] = x
@@ -54,9 +54,14 @@ def _raw(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, jnp.uint16)
 
 
+def _apart(x: Any) -> list[Any]:
+    """Each layer of a stack, [1, ...]; of a rounded one, each of its arrays so."""
+    arrays, form = jax.tree.flatten(x)
+    return [form.unflatten(layer) for layer in zip(*map(_cut, arrays), strict=True)]
+
+
 @jax.jit
-def _apart(x_L: jax.Array) -> list[jax.Array]:
-    """Each layer of a stack, [1, ...]."""
+def _cut(x_L: jax.Array) -> list[jax.Array]:
     narrow = x_L.dtype == jnp.bfloat16
     bits_L = _raw(x_L) if narrow else x_L
     layers = [bits_L[i : i + 1] for i in range(len(x_L))]

@@ -6,19 +6,22 @@ with jax.set_mesh(make_mesh(MeshConfig())):
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from core import tree
 from core.checkpoint import Bundle
 from core.config import UserError
+from core.lazy import Stored
 from core.sharding import Rules, prefilling
 from data import tokenizer as tokenizers
 from data.tokenizer_base import Tokenizer
 from infer import layout
-from model import transformer
+from model import parts, quantised, transformer, weights
 from model.config import ModelConfig
+from model.quantised import Quantised, Rounding, Table
 from model.transformer import Transformer
 
 
@@ -48,18 +51,63 @@ def find(path: str | Path, step: int | None = None) -> Found:
     return found
 
 
-def restore(found: Found, rules: Rules) -> Transformer:
-    """The weights in the compute dtype, placed by `rules` on the mesh in use for decoding."""
+def restore(found: Found, rules: Rules, form: Rounding | None = None) -> Transformer:
+    """The weights in the compute dtype, placed by `rules` on the mesh in use for decoding.
+
+    Those that `form` rounds are read and rounded one after the other: few are ever floats.
+    """
+    abstract = in_compute_dtype(transformer.abstract(found.config, rules), found.config)
     bundle = Bundle(found.path)
     try:
-        abstract = transformer.abstract(found.config, rules)
-        abstract = in_compute_dtype(abstract, found.config)
-        model = bundle.restore(found.step, model=abstract).pop("model")
-        weights = tree.named_leaves(model)
-        del model
-        return layout.place(found.config, rules, weights)
+        if form is None:
+            model = bundle.restore(found.step, model=abstract).pop("model")
+            leaves = tree.named_leaves(model)
+            del model
+            return layout.place(found.config, rules, leaves)
+        bundle.check(found.step, model=abstract)
     finally:
         bundle.close()
+    folder = found.path / str(found.step) / "model"
+    leaves = {}
+    for name, planned in tree.named_leaves(abstract).items():
+        stored = Stored(folder, name)
+        place = jax.NamedSharding(jax.sharding.get_mesh(), planned.sharding.spec)
+        count, step = stored.shape[0], stored.shape[0]
+        if parts.PLACE.match(name):  # layers, as many as are stored together
+            step = stored.rows_at_once
+        pieces = []
+        for first in range(0, count, step):
+            values = stored.read(first, min(first + step, count))
+            pieces.append(_used_up(name, jax.device_put(values, place), found.config, form))
+            del values  # before the next are read
+        leaves[name] = jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)
+    return layout.place(found.config, rules, leaves)
+
+
+def rounded(model: Transformer, form: Rounding) -> Transformer:
+    """The same weights in `form`; each float one is gone as soon as it is rounded."""
+    leaves = tree.named_leaves(model).items()
+    leaves = {name: _used_up(name, x, model.config, form) for name, x in leaves}
+    return layout.place(model.config, model.rules, leaves)
+
+
+def _used_up(name: str, x: jax.Array, config: ModelConfig, form: Rounding) -> Any:
+    few_bits = rounded_weight(name, x, config, form)
+    if isinstance(few_bits, Quantised | Table):
+        x.delete()
+    return few_bits
+
+
+def rounded_weight(name: str, x: jax.Array, config: ModelConfig, form: Rounding) -> Any:
+    """The parameter `name` as a model holds it whose weights are in `form`."""
+    matrix = parts.matrices(config).get(name)
+    if matrix is not None:
+        return _quantise(x, matrix.input_dims, form, True)
+    return _quantise_table(x) if weights.is_table(name) else _cast(name, x, config)
+
+
+_quantise = jax.jit(quantised.quantise, static_argnums=(1, 2, 3))
+_quantise_table = jax.jit(quantised.quantise_table)
 
 
 def load(
@@ -72,13 +120,13 @@ def load(
 
 def in_compute_dtype(model: Transformer, config: ModelConfig) -> Transformer:
     """Weights as they are multiplied: same numbers, fewer bytes a token. Norms stay."""
-
-    def cast(name, x):
-        if "norm" in name:
-            return x
-        if isinstance(x, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(x.shape, config.compute_dtype, sharding=x.sharding)
-        return x.astype(config.compute_dtype)
-
     leaves = tree.named_leaves(model)
-    return tree.with_leaves(model, {name: cast(name, x) for name, x in leaves.items()})
+    return tree.with_leaves(model, {name: _cast(name, x, config) for name, x in leaves.items()})
+
+
+def _cast(name: str, x: Any, config: ModelConfig) -> Any:
+    if "norm" in name:
+        return x
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, config.compute_dtype, sharding=x.sharding)
+    return x.astype(config.compute_dtype)

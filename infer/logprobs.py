@@ -63,4 +63,5 @@ def of_chunk(
     of_shard = rules(None, "batch", "length", None)
     logprobs_ZBPC = jnp.reshape(logprobs_ZBC, (-1, B, P, size), out_sharding=of_shard)
     logprobs_BPZ = jnp.moveaxis(logprobs_ZBPC, 0, 2)
-    return cache.collect(logprobs_BPZ.reshape(B, T), start, rules)
+    logprobs_BT = jnp.reshape(logprobs_BPZ, (B, T), out_sharding=rules("batch", "length"))
+    return cache.collect(logprobs_BT, start, rules)

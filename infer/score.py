@@ -21,6 +21,7 @@ from core.sharding import MeshConfig, make_mesh, prefilling
 from infer import load, text
 from infer.config import ScoreConfig
 from infer.engine import Engine, Plan
+from model import weights
 from model.cache_form import Form
 
 
@@ -47,7 +48,9 @@ def main(experiment: Experiment) -> list[dict]:
     backend.keep_programs(experiment.workdir)
     with jax.set_mesh(make_mesh(experiment.mesh)):
         mesh = experiment.mesh
-        model = load.restore(found, prefilling(mesh.strategy, mesh.ulysses, mesh.both_ways))
+        rules = prefilling(mesh.strategy, mesh.ulysses, mesh.both_ways)
+        rounding = weights.rounding(found.config, rules, config.weights, config.weights_group)
+        model = load.restore(found, rules, rounding)
         size = min(config.batch_size, len(rows))
         plan = Plan.of(size, max(map(len, rows)), 0, config.prefill_chunk)
         engine = Engine(model, plan, form=form)

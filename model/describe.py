@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from core import checkpoint, cli
+from core import checkpoint, cli, sharding
 from core.config import Section, UserError, setting, to_dict
-from model import describe_table, flops, memory, parts
+from model import describe_table, flops, memory, parts, weights
 from model.config import ModelConfig
 from model.memory import Format
 from model.transformer import Remat
@@ -36,7 +36,9 @@ class DescribeConfig(Section):
     cache: tuple[Format, ...] = setting(
         (), "of keys and values; none is model.dtype, as decoding allocates it, int8 and int4"
     )
-    group: int = setting(128, "inputs of a matrix that share a scale, in int8 and int4", low=1)
+    group: int | None = setting(
+        None, "inputs that share a scale in int8 and int4, as decode.weights_group", low=0
+    )
     json: bool = setting(False, "JSON on stdout in place of the tables, in bytes and FLOPs")
 
     def check(self) -> None:
@@ -86,7 +88,11 @@ def report(name: str, model: ModelConfig, options: DescribeConfig) -> dict[str, 
             "parts": {key: part._asdict() for key, part in parts.count(model).items()},
         },
         "quantisation": {
-            "group": options.group,
+            "weights_group": {
+                form: weights.rounding(model, sharding.whole(), form, options.group).group
+                for form in options.weights
+                if form in weights.BITS
+            },
             "cache_group": model.head_dim,
             "scale_dtype": "bfloat16",
         },
@@ -114,7 +120,7 @@ def decode_rows(
     model: ModelConfig, contexts: Sequence[int], options: DescribeConfig
 ) -> list[dict[str, Any]]:
     """A row for each context, batch and type of cache."""
-    weights = {f: memory.weight_bytes(model, f, options.group) for f in options.weights}
+    sizes = {f: memory.weight_bytes(model, f, options.group) for f in options.weights}
     rows = []
     for context in contexts:
         for batch in options.batches:
@@ -122,7 +128,7 @@ def decode_rows(
                 kv, cache = memory.cache_bytes(model, batch, context, form)
                 row = dict(context=context, batch=batch, cache=form, kv_bytes=kv, cache_bytes=cache)
                 row["kv_bytes_per_token"] = kv / (batch * context)
-                totals = {name: size + cache for name, size in weights.items()}
+                totals = {name: size + cache for name, size in sizes.items()}
                 rows.append({**row, "total_bytes": totals})
     return rows
 

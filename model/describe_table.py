@@ -13,9 +13,10 @@ SEEN = ("seen", "all")  # keys, as in flops.Convention
 
 NOTES = """\
 1 GB is 10^9 bytes, all figures are of all devices together. Exact from shapes: parameters, weights,
-cache, state. int8 and int4 are plans, which nothing here runs yet: the layers' matrices in groups
-of {group} inputs, a key or a value of a head ({cache_group}) as one group, a {scale_dtype} scale
-each; all else as in bfloat16. A sliding layer keeps its window alone; positions are counted.
+cache, state. Weights in int8 and int4: the layers' matrices, {groups};
+embedding and head in int8, a row as one group; a {scale_dtype} scale a group; all else is
+in model.dtype. A cache in int8 and int4: each key and each value of a head ({cache_group}) is a
+group. A sliding layer keeps its window alone; positions are counted.
 FLOPs: 2 for a multiply-add; seen: keys that the masks let a token see, all: every key; training is
 three forward passes; decode: the last token of the context.
 Training: AdamW on all parameters, gradients whole beside them; activations as differentiation asks
@@ -32,7 +33,15 @@ def show(report: dict[str, Any]) -> None:
     console.print(title(report), highlight=False, soft_wrap=True)
     for table in (parameters(report), flops(report), decode(report), training(report)):
         console.print(table)
-    print(NOTES.format(**report["quantisation"]))
+    print(NOTES.format(**report["quantisation"], groups=groups(report)))
+
+
+def groups(report: dict[str, Any]) -> str:
+    """Inputs of a matrix that share a scale."""
+    found = report["quantisation"]["weights_group"]
+    each = (f"{form} {f'in groups of {n} inputs' if n else 'an output as one group'}"
+            for form, n in found.items())  # fmt: skip
+    return ", ".join(each) or "none here"
 
 
 def title(report: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ Convention = Literal["seen", "dense"]
 
 def matrix_parameters(config: ModelConfig) -> int:
     """Parameters that each token is multiplied by; compressors of NSA see blocks, not tokens."""
-    layers = sum(math.prod(matrix) for matrix in parts.matrices(config).values())
+    layers = sum(math.prod(matrix[:3]) for matrix in parts.matrices(config).values())
     return layers + config.vocab_size * config.embed_dim
 
 

@@ -9,11 +9,15 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from core.sharding import device_kind
+from model import quantised
+from model.quantised import Quantised
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def project(
-    subscripts: str, x: jax.Array, w: jax.Array, out_sharding: PartitionSpec | None = None
+    subscripts: str,
+    x: jax.Array,
+    w: jax.Array | Quantised,
+    out_sharding: PartitionSpec | None = None,
 ) -> jax.Array:
     """einsum(subscripts, x, w) in x's dtype, as `project("BTD,DF->BTF", x_BTD, w_DF)`.
 
@@ -21,6 +25,17 @@ def project(
     and kept in w's own dtype. JAX's rule for it is a product of the output's gradient and x,
     transposed; on a CPU that costs twice the product itself (docs/performance.md).
     """
+    if isinstance(w, Quantised):
+        operands, y_dims = subscripts.split("->")
+        inputs = sum(dim not in y_dims for dim in operands.split(",")[1])
+        return quantised.product(x, w, inputs, out_sharding)
+    return _project(subscripts, x, w, out_sharding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _project(
+    subscripts: str, x: jax.Array, w: jax.Array, out_sharding: PartitionSpec | None
+) -> jax.Array:
     return product(subscripts, x, w.astype(x.dtype), out_sharding=out_sharding)
 
 
@@ -53,7 +68,7 @@ def product(
 
 
 def _forward(subscripts, x, w, out_sharding):
-    # Not `project`: inside another custom rule, remat="dots" would not see the product to keep.
+    # Not `_project`: inside another custom rule, remat="dots" would not see the product to keep.
     return product(subscripts, x, w.astype(x.dtype), out_sharding=out_sharding), (x, w)
 
 
@@ -67,7 +82,7 @@ def _backward(subscripts, out_sharding, saved, dy):
     return dx, dw
 
 
-project.defvjp(_forward, _backward)
+_project.defvjp(_forward, _backward)
 
 
 def add(x: jax.Array, bias: nnx.Param | None) -> jax.Array:

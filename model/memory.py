@@ -1,8 +1,8 @@
 """Bytes of a model at work, from shapes alone: weights, cache, training state, activations.
 
-Weights in `int8` and `int4` are plans, which nothing here runs yet: the matrices of the layers in
-groups of `group` inputs and a bfloat16 scale a group; what is no such matrix (embedding, head,
-norms, biases) is as in bfloat16.
+Weights in `int8` and `int4` are those of quantised.py: the matrices of the layers, with a bfloat16
+scale for each group of inputs, and embedding and head in int8, a scale a row; norms and biases are
+as ever.
 """
 
 import dataclasses
@@ -14,9 +14,10 @@ import jax.extend
 import jax.numpy as jnp
 
 from core import sharding, tree
-from model import cache, parts, transformer
+from model import cache, parts, transformer, weights
 from model.cache_form import Form
 from model.config import ModelConfig
+from model.quantised import Rounding
 from model.transformer import Remat
 
 Format = Literal["float32", "bfloat16", "int8", "int4"]
@@ -41,19 +42,33 @@ class Kept(NamedTuple):
     host: float
 
 
-def weight_bytes(config: ModelConfig, form: Format, group: int) -> int:
-    """Bytes of the weights as decoding holds them: norms stay in `param_dtype`."""
-    quantised = parts.matrices(config) if form in ("int8", "int4") else {}
-    plain = 32 if form == "float32" else 16
-    bits = 0
+def weight_bytes(config: ModelConfig, form: Format, group: int | None) -> int:
+    """Bytes of the weights as decoding holds them, on one device: norms stay in `param_dtype`.
+
+    In int8 and int4, what is not rounded is in config.dtype; `group` is as in weights.rounding.
+    """
+    if form in ("int8", "int4"):
+        return _rounded_bytes(config, weights.rounding(config, sharding.whole(), form, group))
+    itemsize = jnp.dtype(form).itemsize
+    return sum(
+        x.size * (x.dtype.itemsize if parts.part(name) == "norms" else itemsize)
+        for name, x in parts.shapes(config).items()
+    )
+
+
+def _rounded_bytes(config: ModelConfig, form: Rounding) -> int:
+    matrices, total = parts.matrices(config), 0
     for name, x in parts.shapes(config).items():
-        if name in quantised:
-            layers, inputs, outputs = quantised[name]
-            scales = math.ceil(inputs / group) * outputs * layers
-            bits += 8 * math.ceil(x.size * BITS[form] / 8) + SCALE_BITS * scales
+        if name in matrices:
+            layers, inputs, outputs, _ = matrices[name]
+            groups = inputs // form.group if form.group else 1
+            total += x.size * form.bits // 8 + layers * groups * outputs * SCALE_BITS // 8
+        elif weights.is_table(name):
+            total += x.size + x.shape[0] * SCALE_BITS // 8
         else:
-            bits += x.size * (8 * x.dtype.itemsize if parts.part(name) == "norms" else plain)
-    return bits // 8
+            norm = parts.part(name) == "norms"
+            total += x.size * (x.dtype if norm else config.compute_dtype).itemsize
+    return total
 
 
 def cache_bytes(config: ModelConfig, batch: int, length: int, form: Format) -> tuple[int, int]:

@@ -51,6 +51,7 @@ class Matrix(NamedTuple):
     layers: int
     inputs: int
     outputs: int
+    input_dims: int  # the first so many, after that of the layers, are of the inputs
 
 
 def somewhere() -> contextlib.AbstractContextManager:
@@ -103,5 +104,6 @@ def matrices(config: ModelConfig) -> dict[str, Matrix]:
         if not PLACE.match(name) or len(sizes) < 2 or "D" not in (dims[0], dims[-1]):
             continue
         outputs = math.prod(sizes[1:]) if dims[0] == "D" else sizes[-1]
-        found[name] = Matrix(x.shape[0], math.prod(sizes) // outputs, outputs)
+        input_dims = 1 if dims[0] == "D" else len(sizes) - 1
+        found[name] = Matrix(x.shape[0], math.prod(sizes) // outputs, outputs, input_dims)
     return found

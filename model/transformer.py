@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from core.config import UserError
 from core.sharding import Rules
-from model import rope
+from model import quantised, rope
 from model.attention import local
 from model.attention.decode import New
 from model.attention.spec import AttentionSpec, Where
@@ -25,6 +25,7 @@ from model.cache import KVCache
 from model.config import ModelConfig
 from model.linear import product
 from model.parameters import Maker
+from model.quantised import Table
 
 Remat = Literal["none", "dots", "attention", "offload", "full"]
 
@@ -167,6 +168,8 @@ class Transformer(nnx.Module):
         def look_up(table: nnx.Param, rows: str | None, index_BT: jax.Array) -> jax.Array:
             # FSDP: the table is gathered before use; looking up in a table that is sharded on
             # both dims makes XLA replicate the result first.
+            if isinstance(table[...], Table):
+                return quantised.look_up(table[...], index_BT, place).astype(dtype)
             table = jax.sharding.reshard(table[...], self.rules(rows, None))
             rows_BTD = table.at[index_BT].get(out_sharding=place)
             if table.dtype == jnp.uint16:  # bits of bfloat16: see infer.layout
@@ -188,8 +191,12 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden_D: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of hidden [..., D]."""
-        dims = "BTD"[-hidden_D.ndim :]
-        logits_V = product(f"{dims},VD->{dims[:-1]}V", hidden_D, self.head(), jnp.float32)
+        table = (self.embedding_VD if self.head_VD is None else self.head_VD)[...]
+        if isinstance(table, Table):
+            logits_V = quantised.logits(hidden_D, table)
+        else:
+            dims = "BTD"[-hidden_D.ndim :]
+            logits_V = product(f"{dims},VD->{dims[:-1]}V", hidden_D, self.head(), jnp.float32)
         cap = self.config.logit_softcap
         return cap * jnp.tanh(logits_V / cap) if cap else logits_V
 

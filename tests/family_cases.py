@@ -6,9 +6,14 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from golden.weights import values
+
+from infer import steps
+from infer.engine import Engine, Plan
 
 FOLDER = Path(__file__).parent / "golden"
 PROMPT = 24
@@ -47,6 +52,28 @@ def write(name: str, folder: Path) -> Path:
     (directory / "config.json").write_text(json.dumps(golden(name).config))
     safetensors.numpy.save_file(weights(name), directory / "model.safetensors")
     return directory
+
+
+def through_the_cache(model, tokens) -> np.ndarray:
+    """Logits [B, new + 1, V] of the last token of the prompt, read in chunks, and of the new."""
+    B, T = tokens.shape
+    engine = Engine(model, Plan.of(B, PROMPT, T - PROMPT, 8))
+    length_B = engine.place(np.full(B, T, np.int32))
+
+    @jax.jit
+    def decode(model, now, tokens_BT):
+        def step(now, at):
+            token_B = tokens_BT[:, at]
+            logits_BV = model.logits(now.last_BD[:, None])[:, 0]
+            at_B = token_B * 0 + at
+            return steps.feed(model, now, token_B, at_B, at_B > 0, length_B), logits_BV
+
+        now, logits_CBV = jax.lax.scan(step, now, jnp.arange(PROMPT, T))
+        return jnp.moveaxis(logits_CBV, 0, 1), model.logits(now.last_BD[:, None])
+
+    now = engine.prefill([row[:PROMPT] for row in tokens])
+    parts = decode(engine.decoder, now, engine.place(tokens))
+    return np.concatenate([np.asarray(part) for part in parts], axis=1)
 
 
 def in_float32(config):

@@ -10,9 +10,9 @@ import pytest
 
 from core import aot, hlo, sharding, tree
 from core.sharding import MeshConfig, make_mesh
-from infer import steps
+from infer import load, steps
 from infer.sampling import Sampling, pack
-from model import cache, transformer
+from model import cache, memory, transformer, weights
 from model.attention.spec import full
 from model.cache_form import Form
 
@@ -35,17 +35,31 @@ def in_its_memory(slot):
     return dataclasses.replace(slot, k_LBKSH=k_LBKSH, v_LBKSH=v_LBKSH)
 
 
-def program(name, form=Form()):  # noqa: B008 (immutable)
+def rounded(model, kind):
+    """`model`, abstract, with its weights rounded; and what they were rounded to."""
+    rounding = weights.rounding(model.config, model.rules, kind, None)
+
+    def leaf(name, x):
+        return jax.eval_shape(lambda x: load.rounded_weight(name, x, model.config, rounding), x)
+
+    leaves = tree.named_leaves(model).items()
+    return tree.with_leaves(model, {name: leaf(name, x) for name, x in leaves}), rounding
+
+
+def program(name, form=Form(), length=LENGTH, kind=None, **fields):  # noqa: B008 (immutable)
     """(compiled, bytes of the cache) of one text on 2 shards of its length and 2 of the heads."""
     rules = sharding.prefilling() if name == "extend" else sharding.decoding()
     # Several layers and kv heads on a device: one alone has a layout that every use likes.
     sizes = dict(pattern=(full(),), num_layers=4, num_kv_heads=4, head_dim=128)
-    config = cases.model_config(**sizes, dtype="bfloat16", attention_kernel="chunked")
+    sizes |= dict(dtype="bfloat16", attention_kernel="chunked") | fields
+    config = cases.model_config(**sizes)
     model = transformer.abstract(config, rules)
+    if kind:
+        model, _ = rounded(model, kind)
 
     def state():
-        held = cache.create(config, 1, LENGTH, rules, form)
-        last_BD = jnp.zeros((1, 16), jnp.bfloat16, out_sharding=rules("batch", None))
+        held = cache.create(config, 1, length, rules, form)
+        last_BD = jnp.zeros((1, config.embed_dim), jnp.bfloat16, out_sharding=rules("batch", None))
         now = steps.Prefilled(held, last_BD)
         row_B = jnp.zeros(1, jnp.int32, out_sharding=rules("batch"))
         keys_B = jax.vmap(jax.random.key)(row_B)
@@ -100,3 +114,18 @@ def _in_order(computation):
     marks = "dynamic-slice-start(", " while(", "dynamic-slice-done("
     start, loop, done = map(computation.find, marks)
     return 0 < start < loop < done
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["extend", "advance"])
+def test_a_tpu_makes_no_float_weight(name, kind):
+    """None of a whole layer: a matrix as bfloat16 would be more than all temporaries are."""
+    sizes = dict(embed_dim=1024, mlp_dim=8192, num_heads=8)
+    with jax.set_mesh(make_mesh(MeshConfig(seq=2, model=2), aot.slice_devices("v5e:2x2"))):
+        compiled, cache_bytes = program(name, length=256, kind=kind, **sizes)
+    config = cases.model_config(num_layers=4, num_kv_heads=4, head_dim=128, **sizes)
+    planned = memory.weight_bytes(dataclasses.replace(config, dtype="bfloat16"), kind, None)
+    found = compiled.memory_analysis()
+    assert found.argument_size_in_bytes == pytest.approx((planned + cache_bytes / 2) / 2, rel=0.05)
+    matrix_bytes = 2 * 1024 * 8192 // 2  # of one device
+    assert found.temp_size_in_bytes < matrix_bytes / 2

@@ -13,6 +13,7 @@ from core.config import Unsupported, UserError
 from core.sharding import MeshConfig
 from infer import load, score
 from infer.config import ScoreConfig
+from infer.engine import Engine, Plan
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,20 @@ def test_scores_are_those_of_the_full_forward(bundle, tmp_path, monkeypatch, cap
     count = sum(len(row["tokens"]) - 1 for row in results)
     out = capsys.readouterr().out
     assert f"4 texts, {count} tokens scored" in out and f"{total / count:.4f} nats" in out
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 2)])
+def test_long_chunks_are_scored_in_parts(sizes):
+    """300 tokens in chunks of 256, whose logits exist for 64 tokens a shard at a time."""
+    config = cases.model_config(context=320)
+    row = np.random.default_rng(0).integers(0, 290, 300).astype(np.int32)
+    with jax.set_mesh(make_mesh(sizes)):
+        model = cases.random_model(config)
+        (scores,) = Engine(model, Plan.of(1, 300, 0, 256)).score([row])[1]
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        logits_TV = cases.full_logits(cases.random_model(config), row)
+    expected = jax.nn.log_softmax(logits_TV, axis=-1)[np.arange(299), row[1:]]
+    np.testing.assert_allclose(scores, expected, atol=1e-4)
 
 
 def test_mesh_strategy_is_followed(bundle, tmp_path, monkeypatch):

@@ -8,13 +8,12 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from core import checkpoint, hlo, sharding, tree
 from core.config import Experiment, to_json
 from infer import load
-from model import cache, describe, describe_table, flops, memory, parts, transformer
+from model import cache, describe, describe_table, flops, memory, parts, transformer, weights
 from model.attention.spec import full, moba, nsa, sliding
 from model.config import ModelConfig
 from train import optimizer, state
@@ -108,28 +107,14 @@ def test_weights_are_what_decoding_holds(config, form):
     assert memory.weight_bytes(config, form, 128) == nbytes(held)
 
 
-@pytest.mark.parametrize("form, levels", [("int8", 127), ("int4", 7)])
-def test_quantised_weights_are_packed_arrays_and_their_scales(config, form, levels):
-    """Quantised here for real, groups of 24 inputs, which divide neither 32 nor 80."""
-    whole, group, total = sharding.whole(), 24, 0
-    held = load.in_compute_dtype(made(config), dataclasses.replace(config, dtype="bfloat16"))
-    kinds = ("q_DNH", "k_DKH", "v_DKH", "o_NHD", "up_DF", "gate_DF", "down_FD", "gates_DN3")
-    assert whole.embed is None
-    for name, x in tree.named_leaves(held).items():
-        kind = name.split(".")[-1]
-        if kind not in kinds:
-            total += x.nbytes
-            continue
-        inputs = 1 if kind.split("_")[1][0] == "D" else x.ndim - 2
-        w_LIO = np.asarray(x, np.float32).reshape(len(x), np.prod(x.shape[1 : 1 + inputs]), -1)
-        for start in range(0, w_LIO.shape[1], group):
-            part_LIO = w_LIO[:, start : start + group]
-            scale_LO = jnp.asarray(abs(part_LIO).max(axis=1) / levels, jnp.bfloat16)
-            total += scale_LO.nbytes
-        integers = np.round(w_LIO / w_LIO.max() * levels).astype(np.int8).ravel()
-        packed = integers if form == "int8" else (integers[::2] & 15) | (integers[1::2] << 4)
-        total += packed.nbytes
-    assert memory.weight_bytes(config, form, group) == total
+@pytest.mark.parametrize("kind, group", [("int8", None), ("int8", 8), ("int4", None), ("int4", 8)])
+def test_rounded_weights_are_what_decoding_holds(config, kind, group):
+    """As XLA counts the arguments of a program, and not as JAX does."""
+    form = weights.rounding(config, sharding.whole(), kind, group)
+    held = load.rounded(transformer.create(config, sharding.whole(), jax.random.key(0)), form)
+    program = jax.jit(lambda model: 0, keep_unused=True).lower(held).compile()
+    counted = program.memory_analysis().argument_size_in_bytes
+    assert memory.weight_bytes(config, kind, group) == nbytes(held) == counted
 
 
 @pytest.mark.parametrize("batch, length", [(1, 8), (3, 200)])
@@ -292,9 +277,11 @@ def test_tables_hold_the_figures(bundle, capsys):
 
 def test_a_config_with_its_overrides(capsys):
     argv = ["--config=configs/quickstart.py", "--config.model.num_layers=8", "--contexts=512"]
-    found = describe.main([*argv, "--cache=int8", "--weights=int4", "--group=64", "--json"])
+    found = describe.main([*argv, "--cache=int8", "--weights=int4", "--group=32", "--json"])
     capsys.readouterr()
-    assert found["model"]["num_layers"] == 8 and found["quantisation"]["group"] == 64
+    assert found["model"]["num_layers"] == 8 and found["quantisation"]["weights_group"] == {
+        "int4": 32
+    }
     assert [row["cache"] for row in found["decode"]] == ["int8"]
     assert list(found["weight_bytes"]) == ["int4"]
 
@@ -307,6 +294,10 @@ def test_a_config_with_its_overrides(capsys):
         (["--config=configs/quickstart.py", "--bundle=x"], ["one of the two"]),
         (["--config=configs/quickstart.py", "--context=5"], ["--contexts?"]),
         (["--config=configs/quickstart.py", "--contexts=0"], ["contexts=(0,)", ">= 1"]),
+        (
+            ["--config=configs/quickstart.py", "--group=64"],
+            ["64", "352 inputs", "mlp.down_FD", "32"],
+        ),
         (["--config=configs/quickstart.py", "--cache=int3"], ["'int3'", "'int4'"]),
         (["--config=configs/quickstart.py", "--weights=()"], ["weights=()"]),
         (["7B"], ["7B", "--name=value"]),

@@ -5,15 +5,12 @@ import functools
 
 import family_cases as cases
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_mesh
 from family_cases import PROMPT
 
 from core import sharding
-from infer import steps
-from infer.engine import Engine, Plan
 from model import families, hf_import
 from model.rope import Rope
 
@@ -80,27 +77,9 @@ def full_forward(name, sizes, folder, **fields):
 
 def through_the_cache(name, sizes, folder):
     """Logits [B, new + 1, V] of the last token of the prompt, read in chunks, and of the new."""
-    tokens = cases.golden(name).tokens
-    B, T = tokens.shape
     with jax.set_mesh(make_mesh(sizes)):
         model = opened(name, sizes, sharding.prefilling(), folder)
-        engine = Engine(model, Plan.of(B, PROMPT, T - PROMPT, 8))
-        length_B = engine.place(np.full(B, T, np.int32))
-
-        @jax.jit
-        def decode(model, now, tokens_BT):
-            def step(now, at):
-                token_B = tokens_BT[:, at]
-                logits_BV = model.logits(now.last_BD[:, None])[:, 0]
-                at_B = token_B * 0 + at
-                return steps.feed(model, now, token_B, at_B, at_B > 0, length_B), logits_BV
-
-            now, logits_CBV = jax.lax.scan(step, now, jnp.arange(PROMPT, T))
-            return jnp.moveaxis(logits_CBV, 0, 1), model.logits(now.last_BD[:, None])
-
-        now = engine.prefill([row[:PROMPT] for row in tokens])
-        parts = decode(engine.decoder, now, engine.place(tokens))
-        return np.concatenate([np.asarray(part) for part in parts], axis=1)
+        return cases.through_the_cache(model, cases.golden(name).tokens)
 
 
 def assert_is_itself(name, sizes, folder):

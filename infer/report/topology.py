@@ -104,9 +104,11 @@ def at_best(
     writing = predict.decode_flops(model, batch, context)
     chunks = math.ceil(context / shapes.chunk)
     seen = (reading - (matrices - head) * batch * context) / (devices * chunks)
-    prefill = chunks * seconds(programs.extend, seen, None, chip)
+    prefill = chunks * seconds(programs.extend, 0.0, seen, None, chip)
     kv_read = predict.kv_bytes_read(case, batch, context)
-    step = seconds(programs.step, (writing - matrices * batch) / devices, kv_read, chip)
+    # Of a single token the compiler makes sums of products, which are no products to count.
+    matrix = matrices * batch / devices
+    step = seconds(programs.step, matrix, writing / devices - matrix, kv_read, chip)
     weights = predict.weight_bytes_read(case.model)
     tokens = batch * context
     return {
@@ -121,21 +123,21 @@ def at_best(
     }
 
 
-def seconds(compiled: aot.Compiled, attention: float, kv_read: float | None, chip: Chip) -> float:
+def seconds(
+    compiled: aot.Compiled, least: float, attention: float, kv_read: float | None, chip: Chip
+) -> float:
     """The least time of a program whose attention has so many FLOPs on this device.
 
+    What is no attention has `least` FLOPs, or those that the compiler tells if they are more.
     `kv_read` bytes come from the cache; without it, those of as many trips of the loops over it as
-    its FLOPs make.
+    the FLOPs of attention make.
     """
     program = hlo.count(compiled.text, ATTENTION)
-    num_bytes = program.bytes
-    if kv_read is not None:
-        num_bytes += kv_read
-    elif program.loop_flops:
-        num_bytes += (
-            program.loop_bytes * max(0.0, attention - program.scope_flops) / (program.loop_flops)
-        )
-    work = program.flops + attention
+    if kv_read is None:
+        trips = max(0.0, attention - program.scope_flops) / max(program.loop_flops, 1.0)
+        kv_read = program.loop_bytes * trips
+    work = max(least, program.flops) + attention
+    num_bytes = program.bytes + kv_read
     return aot.optimal_seconds(work, num_bytes, program.collectives, chip)
 
 

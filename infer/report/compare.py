@@ -35,8 +35,8 @@ def main(experiment: Experiment) -> dict[str, Any]:
     reports = [(name, read(path)) for name, path in labels(config.compare)]
     output = Path(config.output or Path(experiment.workdir) / "compare")
     output.mkdir(parents=True, exist_ok=True)
-    compared = {"reports": dict(labels(config.compare)), "rows": ratios(reports)}
-    compared["reports"] = {name: str(path) for name, path in compared["reports"].items()}
+    files = {name: str(path) for name, path in labels(config.compare)}
+    compared = {"reports": files, "rows": ratios(reports)}
     write_text(output / "compare.json", json.dumps(compared, indent=1) + "\n")
     pictures = plots.draw(reports, output)
     text = page(reports, compared["rows"], pictures)
@@ -102,9 +102,9 @@ def ratios(reports: plots.Reports) -> list[dict[str, Any]]:
                 if row[key] is not None and other.get(key)
             }
             found.append(one)
-    order = list(base)
-    place = {key: i for i, key in enumerate([*order, *(k for k in map(_key, found))])}
-    return sorted(found, key=lambda row: place[_key(row)] if _key(row) in base else len(place))
+    keys = dict.fromkeys([*base, *map(_key, found)])
+    place = {key: i for i, key in enumerate(keys)}
+    return sorted(found, key=lambda row: place[_key(row)])
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, str, int]:

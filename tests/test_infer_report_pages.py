@@ -91,7 +91,7 @@ def test_pictures_without_figures_are_not_made(report, tmp_path):
 
 
 def test_every_axis_is_named_and_lines_are_told_apart(report):
-    series = plots.of_report("", report)
+    series = plots.every_series([("", report)])
     drawn = [plots.decode(series), plots.prefill(series), plots.quality(series)]
     drawn += [heat.memory(series), heat.needle(series), plots.cost(series)]
     for figure in drawn:
@@ -99,10 +99,11 @@ def test_every_axis_is_named_and_lines_are_told_apart(report):
             assert axes.get_ylabel(), axes
             assert axes.get_xlabel() or axes.get_ylabel() == "found, percent"
     (axes,) = plots.decode(series).axes
-    styles = [(x.get_color(), x.get_marker(), x.get_linestyle()) for x in axes.lines]
-    assert len(set(styles)) == len(axes.lines) == 4
+    lines = [one for one in axes.lines if len(one.get_xdata())]
+    styles = [(one.get_color(), one.get_marker(), one.get_linestyle()) for one in lines]
+    assert len(set(styles)) == len(lines) == 4
     assert {colour for colour, _, _ in styles} <= {*figures.PALETTE}
-    floors = [line for line in axes.lines if line.get_linestyle() == ":"]
+    floors = [line for line in lines if line.get_linestyle() == ":"]
     assert [list(line.get_ydata()) for line in floors] == [
         [y for _, y in one.points("roofline_ms")] for one in series
     ]
@@ -112,7 +113,7 @@ def test_every_axis_is_named_and_lines_are_told_apart(report):
 
 
 def test_the_stack_of_memory_adds_up(report):
-    (axes, _) = heat.memory(plots.of_report("", report)).axes
+    (axes, _) = heat.memory(plots.every_series([("", report)])).axes
     bars = axes.containers
     top = bars[-1][0].get_y() + bars[-1][0].get_height()
     assert top * 2**20 == pytest.approx(report["rows"][0]["peak_bytes"])
@@ -170,8 +171,10 @@ def test_compare_lays_reports_over_each_other(two, tmp_path, monkeypatch, capsys
     assert "| 1,024 | sliding | as the model | b |" in text
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"compare.json", "compare.md", *PICTURES}
-    series = [one.label for label in "ab" for one in plots.of_report(label, read(two, label))]
-    assert series == ["a: sliding", "a: full", "b: sliding", "b: full"]
+    series = plots.every_series([(label, read(two, label)) for label in "ab"])
+    assert [one.label for one in series] == ["a: sliding", "a: full", "b: sliding", "b: full"]
+    assert [one.look for one in series] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert len({str(one.look.style()) for one in series}) == 4
     assert "(0.50x)" in capsys.readouterr().out
 
 

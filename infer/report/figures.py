@@ -15,8 +15,26 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
+DASHES = ("-", (0, (4, 2)), (0, (4, 2, 1, 2)), (0, (1.5, 1.5)))
 DPI = 150
 MOST_TICKS = 11
+
+
+class Look(NamedTuple):
+    """Of a line: a colour and a marker for each case, dashes for each report."""
+
+    case: int
+    report: int = 0
+
+    def style(self, floor: bool = False, small: bool = False) -> dict[str, Any]:
+        """What matplotlib takes; a floor is dotted and has no marker."""
+        # Beyond the palette, dashes tell cases apart too.
+        dashes = DASHES[(self.report + self.case // len(PALETTE)) % len(DASHES)]
+        style = dict(color=PALETTE[self.case % len(PALETTE)], linewidth=2, linestyle=dashes)
+        if floor:
+            return style | dict(linestyle=":", linewidth=1.6)
+        style |= dict(marker=MARKERS[self.case % len(MARKERS)], markersize=3 if small else 6)
+        return style | (dict(markerfacecolor="white") if self.report else {})
 
 
 class Series(NamedTuple):
@@ -24,14 +42,11 @@ class Series(NamedTuple):
 
     label: str
     rows: Sequence[Mapping[str, Any]]
+    look: Look
 
     def points(self, key: str) -> list[tuple[float, float]]:
         """(context, value) of the rows that have one."""
         return [(row["context"], row[key]) for row in self.rows if row.get(key) is not None]
-
-
-def colour(index: int) -> str:
-    return PALETTE[index % len(PALETTE)]
 
 
 def one_panel(title: str, unit: str) -> tuple[Figure, Axes]:
@@ -58,22 +73,19 @@ def label(axes: Axes, title: str, x: str, y: str) -> None:
 def line(
     axes: Axes,
     points: Sequence[tuple[float, float]],
-    index: int,
+    look: Look,
     name: str | None,
     floor: bool = False,
     small: bool = False,
 ) -> None:
-    """One line with markers; a floor is dotted and has none."""
-    if not points:
-        return
-    style: dict[str, Any] = dict(color=colour(index), linewidth=2, label=name)
-    if floor:
-        style |= dict(linestyle=":", linewidth=1.6)
-    else:
-        # Beyond the palette, dashes tell lines apart.
-        style |= dict(marker=MARKERS[index % len(MARKERS)], markersize=3 if small else 6)
-        style["linestyle"] = "-" if index < len(PALETTE) else "--"
-    axes.plot(*zip(*points, strict=True), **style)
+    """One line, if it has points."""
+    if points:
+        axes.plot(*zip(*points, strict=True), label=name, **look.style(floor, small))
+
+
+def explain(axes: Axes, name: str, **style: Any) -> None:
+    """A line of the legend for what many lines have in common."""
+    axes.plot([], [], color="#666666", label=name, **style)
 
 
 def threshold(axes: Axes, value: float, name: str) -> None:

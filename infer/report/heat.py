@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from infer.report import figures
@@ -38,9 +39,7 @@ def memory(series: Sequence[Series]) -> Figure:
         if marks:
             style |= dict(marker="D", markersize=5, markerfacecolor="none")
             axes.plot(*zip(*marks, strict=True), label="measured", **style)
-        axes.set_xticks(x, [name_of_tokens(row["context"]) for row in one.rows])
-        if len(x) > 8:
-            axes.tick_params(axis="x", rotation=45)
+        _contexts(axes, one.rows)
         figures.label(axes, one.label, "context, tokens", f"memory of a device, {name}")
         axes.grid(visible=False, axis="x")
     return figures.legend(figure, *panels)
@@ -77,7 +76,7 @@ def needle(series: Sequence[Series]) -> Figure | None:
             if not math.isnan(score):
                 shade = "white" if score < 50 else "black"
                 axes.text(j, i, f"{score:.0f}", ha="center", va="center", color=shade, fontsize=9)
-        axes.set_xticks(range(len(rows)), [name_of_tokens(row["context"]) for row in rows])
+        _contexts(axes, rows)
         axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f}%" for depth in depths])
         axes.set_title(f"{one.label}: {kind}", fontsize=12)
         axes.set_xlabel("context, tokens")
@@ -88,13 +87,20 @@ def needle(series: Sequence[Series]) -> Figure | None:
 
 def _grid(count: int) -> tuple[Figure, list]:
     """Panels in rows of ACROSS, those that are too many hidden."""
-    across = min(count, ACROSS)
+    across = 2 if count == 4 else min(count, ACROSS)
     down = -(-count // across)
     figure = Figure(figsize=(2.0 + 4.2 * across, 0.4 + 3.6 * down), layout="constrained")
     panels = list(np.ravel(figure.subplots(down, across, squeeze=False)))
     for axes in panels[count:]:
         axes.set_visible(False)
     return figure, panels
+
+
+def _contexts(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A column for each row; many names are written aslant."""
+    axes.set_xticks(range(len(rows)), [name_of_tokens(row["context"]) for row in rows])
+    if len(rows) > 8:
+        axes.tick_params(axis="x", rotation=45)
 
 
 def _unit(most: float) -> tuple[float, str]:

@@ -15,14 +15,15 @@ from matplotlib.figure import Figure
 
 from infer import tasks
 from infer.report import figures, heat
-from infer.report.figures import Series, line, name_of_tokens
+from infer.report.figures import Look, Series, line, name_of_tokens
+from infer.report.quality import BY_DEPTH
 
 Reports = Sequence[tuple[str, Mapping[str, Any]]]  # (label, report)
 
 
 def draw(reports: Reports, folder: Path) -> list[str]:
     """Writes the pictures that there are figures for; their names."""
-    series = [one for label, report in reports for one in of_report(label, report)]
+    series = every_series(reports)
     drawn = {
         "decode.png": decode(series),
         "prefill.png": prefill(series),
@@ -39,15 +40,21 @@ def draw(reports: Reports, folder: Path) -> list[str]:
     return [name for name, figure in drawn.items() if figure is not None]
 
 
-def of_report(label: str, report: Mapping[str, Any]) -> list[Series]:
-    """A series for each case, in the order of the report."""
-    names = dict.fromkeys((row["attention"], row["kv"]) for row in report["rows"])
-    plain = len({kv for _, kv in names}) == 1
+def every_series(reports: Reports) -> list[Series]:
+    """A series for each case of each report, in their order; a case has its colour in all."""
+    named = [(row["attention"], row["kv"]) for _, report in reports for row in report["rows"]]
+    cases = list(dict.fromkeys(named))
+    plain = len({kv for _, kv in cases}) == 1
     found = []
-    for attention, kv in names:
-        case = attention if plain else f"{attention}, {kv}"
-        rows = [row for row in report["rows"] if (row["attention"], row["kv"]) == (attention, kv)]
-        found.append(Series(f"{label}: {case}" if label else case, sorted_by_context(rows)))
+    for index, (label, report) in enumerate(reports):
+        for number, (attention, kv) in enumerate(cases):
+            case = attention if plain else f"{attention}, {kv}"
+            rows = [
+                row for row in report["rows"] if (row["attention"], row["kv"]) == (attention, kv)
+            ]
+            name = f"{label}: {case}" if label else case
+            if rows:
+                found.append(Series(name, sorted_by_context(rows), Look(number, index)))
     return found
 
 
@@ -60,10 +67,11 @@ def decode(series: Sequence[Series]) -> Figure | None:
     if not any(one.points("decode_ms_per_token") for one in series):
         return None
     figure, axes = figures.one_panel("Time for each new token", "milliseconds a token")
-    for index, one in enumerate(series):
-        line(axes, one.points("decode_ms_per_token"), index, one.label)
-        floor = one.points("roofline_ms")
-        line(axes, floor, index, f"{one.label}: floor of the roofline", floor=True)
+    for one in series:
+        line(axes, one.points("decode_ms_per_token"), one.look, one.label)
+        line(axes, one.points("roofline_ms"), one.look, None, floor=True)
+    if any(one.points("roofline_ms") for one in series):
+        figures.explain(axes, "floor of the roofline", linestyle=":")
     figures.context_axis(axes, series)
     return figures.legend(figure, axes)
 
@@ -74,14 +82,14 @@ def prefill(series: Sequence[Series]) -> Figure | None:
         return None
     curves = [_parts(one) for one in series]
     figure, panels = figures.panels(2 if any(curves) else 1)
-    for index, one in enumerate(series):
+    for one in series:
         points = one.points("prefill_seconds")
-        line(panels[0], points, index, f"{one.label}{fitted(points)}")
+        line(panels[0], points, one.look, f"{one.label}{fitted(points)}")
     figures.label(panels[0], "Time to read the context", "context, tokens", "seconds")
     figures.context_axis(panels[0], series)
     if any(curves):
-        for index, points in enumerate(curves):
-            line(panels[1], points, index, None, small=True)
+        for one, points in zip(series, curves, strict=True):
+            line(panels[1], points, one.look, None, small=True)
         name = "Speed by depth, longest context"
         figures.label(panels[1], name, "tokens read before", "tokens/s")
         figures.tokens_axis(panels[1], max(x for points in curves for x, _ in points))
@@ -128,36 +136,44 @@ def cost(series: Sequence[Series]) -> Figure | None:
     figure, panels = figures.panels(2)
     keys = {"Reading": "cost_per_1k_prefill_tokens", "Writing": "cost_per_1k_tokens"}
     for axes, (name, key) in zip(panels, keys.items(), strict=True):
-        for index, one in enumerate(series):
-            line(axes, one.points(key), index, one.label)
+        for one in series:
+            line(axes, one.points(key), one.look, one.label)
         figures.label(axes, f"{name} 1,000 tokens", "context, tokens", "cost, unit of the price")
         figures.context_axis(axes, series)
     return figures.legend(figure, panels[0])
 
 
 def quality(series: Sequence[Series]) -> Figure | None:
-    """The loss by position, and task scores by context."""
+    """The loss by position, and task scores by context: one panel, or one a score of several."""
     losses = [_loss(one) for one in series]
     scores = [_scores(one) for one in series]
-    count = any(losses) + any(scores)
+    names = list(dict.fromkeys(what for found in scores for what in found))
+    apart = sum(map(bool, scores)) > 1
+    count = any(losses) + (len(names) if apart else any(scores))
     if not count:
         return None
     figure, panels = figures.panels(count)
     if any(losses):
-        for index, (one, points) in enumerate(zip(series, losses, strict=True)):
-            line(panels[0], points, index, one.label if points else None)
+        for one, points in zip(series, losses, strict=True):
+            line(panels[0], points, one.look, one.label)
         figures.label(panels[0], "Loss by position", "position, tokens", "nats a token")
         figures.tokens_axis(panels[0], max(x for points in losses for x, _ in points), log=True)
-    if any(scores):
-        axes, index = panels[-1], 0
-        for one, found in zip(series, scores, strict=True):
-            for what, points in found.items():
-                line(axes, points, index, f"{one.label}, {what}")
-                index += 1
-        figures.threshold(axes, tasks.THRESHOLD, f"RULER's threshold, {tasks.THRESHOLD}")
+    for axes in panels[any(losses) :]:
         figures.label(axes, "Task scores", "context, tokens", "percent")
+    for number, what in enumerate(names):
+        axes = panels[any(losses) + number * apart]
+        if apart:
+            axes.set_title(what[0].upper() + what[1:])
+        if what not in BY_DEPTH and not axes.get_legend_handles_labels()[0]:
+            figures.threshold(axes, tasks.THRESHOLD, f"RULER's threshold, {tasks.THRESHOLD}")
+        for one, found in zip(series, scores, strict=True):
+            look = one.look if apart else one.look._replace(case=number)
+            line(axes, found.get(what, []), look, one.label if apart else f"{one.label}, {what}")
+    for axes in panels[any(losses) :]:
         figures.context_axis(axes, series, log=False)
         axes.set_ylim(-3, 103)
+    if apart:
+        return figures.legend(figure, *panels)
     for axes in panels:
         figures.own_legend(axes)
     return figure

@@ -13,9 +13,11 @@ from infer import bench, load, tasks
 from infer.config import BenchConfig
 from infer.engine import Engine, Plan
 from infer.report import cases as variants
-from infer.report import measure, peaks, predict, quality, quality_steps, rows
+from infer.report import measure, peaks, predict, quality, quality_steps, rows, sweep
 from infer.report.measure import Measured
 from infer.report.quality import Material
+from model.attention.spec import full, sliding
+from model.rope import Rope
 
 CONFIG = BenchConfig(tasks=("all",), task_samples=3, depths=(0.0, 1.0))
 
@@ -150,10 +152,10 @@ def test_effective_length_is_by_rulers_rule():
 def test_the_mean_is_of_rulers_kinds_alone():
     scores = {"vt": 40.0, "fwe": 60.0, "passkey": 90.0}
     found = {kind: dict(score=score, depths=[]) for kind, score in scores.items()}
-    found |= {"cwe": {"skipped": "too short"}, "loss": {"skipped": "no text"}}
+    found |= {"cwe": {"skipped": "too short"}}
     summary = quality.summary(found)
     assert summary["ruler"] == 50 and summary["ruler_kinds"] == 2 and summary["tasks"] == scores
-    assert summary["skipped"] == {"cwe": "too short", "loss": "no text"}
+    assert summary["skipped"] == {"cwe": "too short"} and "loss" not in summary
 
 
 def test_the_report_tells_quality_of_the_model_as_it_is(bundle, tmp_path, monkeypatch):
@@ -174,15 +176,31 @@ def test_the_report_tells_quality_of_the_model_as_it_is(bundle, tmp_path, monkey
     assert "passkey does not fit in length=32" in short["quality"]["skipped"]["passkey"]
     assert long["quality"]["tasks"] == {"passkey": 0.0} and len(long["quality"]["passkey"]) == 3
     with jax.set_mesh(make_mesh((1, 1, 1))):
-        model, tokenizer, _, _ = load.load(bundle)
-        tokens = [tokenizer.bos, *tokenizer.encode(text.read_text())][:32]
+        tokenizer = load.find(bundle).tokenizer
+        tokens = [tokenizer.bos, *tokenizer.encode(text.read_text())][:500]
+        model = cases.random_model(cases.model_config(context=512))
         logprobs = jax.nn.log_softmax(cases.full_logits(model, tokens))
         loss = -np.mean([logprobs[i, token] for i, token in enumerate(tokens[1:])])
-    assert short["quality"]["loss"] == pytest.approx(loss, abs=1e-4)
+    assert long["quality"]["loss"] == pytest.approx(loss, abs=1e-4)
+    assert "loss" not in short["quality"], "the longest row tells of all positions"
     page = (tmp_path / "out/report.md").read_text()
     assert f"Loss in nats by position, on {text}" in page and "passkey" in page
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"quality.png", "needle.png"} <= names and "rows.jsonl" not in names
+
+
+def test_the_loss_is_of_the_longest_row_that_has_text(one_device):
+    def lengths(pattern):
+        model = cases.random_model(cases.model_config(context=512, pattern=pattern))
+        config = BenchConfig(contexts=(64, 128, 256, 512), loss_rows=2)
+        planned = sweep.plan(variants.of(model), config, None)
+        texts = material(None)  # of 400 tokens
+        found = quality_steps.steps(planned, texts, config, peaks.Peaks(1e9, 1e10), None)
+        return [row.context for row, what, _ in found if what == "loss"]
+
+    assert lengths((sliding(6), full())) == [256]
+    dynamic = Rope(scaling="dynamic", factor=2.0, original=64)
+    assert lengths((full(rope=dynamic),)) == [64, 128, 256]
 
 
 def test_batches_are_as_large_as_fit(one_device):

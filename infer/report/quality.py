@@ -115,6 +115,8 @@ def spans(material: Material, count: int, length: int) -> list[np.ndarray]:
 
     Documents that follow fill up what a shorter one leaves.
     """
+    if length < 2:  # a single token has no loss
+        return []
     ends = material.starts + length
     starts = material.starts[ends <= len(material.tokens)]
     picked = np.unique(np.linspace(0, len(starts) - 1, min(count, len(starts))).astype(int))
@@ -232,7 +234,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     scored = {kind: one["score"] for kind, one in results.items() if "score" in one}
     ruler = [scored[kind] for kind in tasks.KINDS if kind in scored]
     quality = {"tasks": scored} if scored else {}
-    if loss and "buckets" in loss:
+    if loss:
         quality["loss_by_position"] = loss["buckets"]
         quality["loss"] = sum(b["loss"] * b["tokens"] for b in loss["buckets"]) / sum(
             b["tokens"] for b in loss["buckets"]
@@ -243,8 +245,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     if ruler:
         quality["ruler"] = sum(ruler) / len(ruler)
         quality["ruler_kinds"] = len(ruler)
-    every = {"loss": loss or {}, **results}
-    skipped = {kind: one["skipped"] for kind, one in every.items() if "skipped" in one}
+    skipped = {kind: one["skipped"] for kind, one in results.items() if "skipped" in one}
     return {**quality, "skipped": skipped} if skipped else quality
 
 

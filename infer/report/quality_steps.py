@@ -62,10 +62,11 @@ def steps(
     """(row, what is told, the step), context by context, for patterns that the model has."""
     engines = Engines(material, config, available)
     told = [row for row in planned if row.reason is None and row.case.own]
+    losses = [row.name for row in _with_loss(told, material, config)]
     found = []
     for row in sorted(told, key=lambda row: row.context):
         base = {"context": row.context, **case_of(row.case)}
-        if config.loss_rows and material.tokens is not None:
+        if row.name in losses:
             of = {"what": "loss", **base, "rows": config.loss_rows, **_texts(material, config)}
             guess = _seconds(row, config.loss_rows, 0, best)
             step = Step(f"loss by position: {row.name}", "loss", guess)
@@ -80,11 +81,24 @@ def steps(
     return found
 
 
+def _with_loss(told: Sequence[Row], material: Material, config: BenchConfig) -> list[Row]:
+    """The longest row of each case that there is text for: what follows a token does not change
+    its loss. Where RoPE goes by the length it does, and each row is one.
+    """
+    if not config.loss_rows or material.tokens is None:
+        return []
+    found: dict[tuple[str, int], Row] = {}
+    for row in sorted(told, key=lambda row: row.context):
+        ropes = [spec.rope for spec in row.case.model.config.pattern if spec.rope]
+        each = row.context if any(rope.by_length for rope in ropes) else 0
+        if quality.spans(material, 1, row.context):
+            found[row.case.name, each] = row
+    return list(found.values())
+
+
 def _loss(row: Row, engines: Engines, material: Material, config: BenchConfig) -> Callable:
     def run() -> dict[str, Any]:
         texts = quality.spans(material, config.loss_rows, row.context)
-        if not texts or row.context < 2:
-            return {"skipped": f"{material.source} has no {row.context:,} tokens in a row"}
         score = quality.scores(engines.of(row))
         return {"buckets": quality.by_position(score, texts), "rows": len(texts)}
 

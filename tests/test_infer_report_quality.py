@@ -203,6 +203,14 @@ def test_the_loss_is_of_the_longest_row_that_has_text(one_device):
     assert lengths((full(rope=dynamic),)) == [64, 128, 256]
 
 
+def test_steps_are_planned_on_any_mesh():
+    with jax.set_mesh(make_mesh((8, 1, 1))):
+        config = BenchConfig(contexts=(64,), loss_rows=2)
+        planned = sweep.plan(variants.of(cases.random_model()), config, None)
+        found = quality_steps.steps(planned, material(None), config, peaks.Peaks(1e9, 1e10), None)
+        assert [what for _, what, _ in found] == ["loss"] and found[0][2].step.seconds > 1
+
+
 def test_batches_are_as_large_as_fit(one_device):
     (case, _) = variants.of(cases.random_model())
     config = BenchConfig(contexts=(48,), prefill_chunk=16)

@@ -68,14 +68,14 @@ def steps(
         base = {"context": row.context, **case_of(row.case)}
         if row.name in losses:
             of = {"what": "loss", **base, "rows": config.loss_rows, **_texts(material, config)}
-            guess = _seconds(row, config.loss_rows, 0, best)
+            guess = _seconds(row, config.loss_rows, 0, config, best)
             step = Step(f"loss by position: {row.name}", "loss", guess)
             found.append((row, "loss", Task(step, of, _loss(row, engines, material, config))))
         for kind in material.kinds:
             of = {"what": kind, **base, **_task_settings(kind, config)}
             count = config.task_samples
             count *= len(config.depths) if kind in quality.BY_DEPTH else 1
-            step = Step(f"{kind}: {row.name}", "task", _seconds(row, count, 64, best))
+            step = Step(f"{kind}: {row.name}", "task", _seconds(row, count, 64, config, best))
             run = _task(kind, row, engines, material, config)
             found.append((row, kind, Task(step, of, run)))
     return found
@@ -115,13 +115,12 @@ def _task(
     return run
 
 
-def _seconds(row: Row, texts: int, new: int, best: Peaks) -> float:
+def _seconds(row: Row, texts: int, new: int, config: BenchConfig, best: Peaks) -> float:
     """A guess, as that of speeds."""
-    model = row.case.model.config
-    reading = predict.prefill_flops(model, texts, row.context) / best.flops
-    read = predict.weight_bytes_read(row.case.model)
-    read += predict.kv_bytes_read(row.case, min(texts, BATCH), row.context)
-    step = rows.roofline_seconds(0, read, best) * -(-texts // BATCH)
+    model, batch = row.case.model, Plan.of(BATCH, row.context, 0, config.prefill_chunk).batch
+    reading = predict.prefill_flops(model.config, texts, row.context) / best.flops
+    read = predict.weight_bytes_read(model) + predict.kv_bytes_read(row.case, batch, row.context)
+    step = rows.roofline_seconds(0, read, best) * -(-texts // batch)
     return 1.0 + 3 * (reading + new * step)
 
 

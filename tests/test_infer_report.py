@@ -153,7 +153,7 @@ def test_peaks_are_rates_of_one_device(monkeypatch):
 def test_time_left_learns_from_what_was_slow(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
-    steps = [Step("a", "speed", 1.0), Step("b", "speed", 3.0), Step("c", "task", 2.0)]
+    steps = [Step("a", "speed", 1.0), Step("b", "task", 3.0), Step("c", "speed", 2.0)]
     with Bar(steps) as bar:
         assert bar.seconds_left() == 6
         with bar.step(steps[0]):
@@ -161,12 +161,12 @@ def test_time_left_learns_from_what_was_slow(monkeypatch, capsys):
         assert bar.seconds_left() == 50
         with bar.step(steps[1]):
             now[0] += 6
-        assert bar.seconds_left() == 8  # 4x so far
+        assert bar.seconds_left() == 20  # as its kind, which is slower than the other
         with bar.step(steps[2]):
             pass
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "[1/3] a; about 6 s left", "[2/3] b; about 50 s left", "[3/3] c; about 8 s left"
+        "[1/3] a; about 6 s left", "[2/3] b; about 50 s left", "[3/3] c; about 20 s left"
     ]  # fmt: skip
     words = [progress.duration(n) for n in (99, 100, 7200)]
     assert words == ["99 s", "2 min", "2.0 h"]

@@ -13,6 +13,7 @@ from core.config import Unsupported, UserError
 from core.sharding import MeshConfig
 from infer import load, score
 from infer.config import ScoreConfig
+from infer.engine import Engine, Plan
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,20 @@ def test_scores_are_those_of_the_full_forward(bundle, tmp_path, monkeypatch, cap
     count = sum(len(row["tokens"]) - 1 for row in results)
     out = capsys.readouterr().out
     assert f"4 texts, {count} tokens scored" in out and f"{total / count:.4f} nats" in out
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 1)])
+def test_chunks_longer_than_their_logits(sizes):
+    """A chunk of 128 has two parts of 64 tokens whose logits exist at the same time."""
+    config = cases.model_config(context=160, num_layers=2)
+    row = np.random.default_rng(1).integers(0, 290, 150)
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        logits_TV = cases.full_logits(cases.random_model(config), row)
+        logprobs_TV = jax.nn.log_softmax(logits_TV, axis=-1)
+    with jax.set_mesh(make_mesh(sizes)):
+        _, (found, _) = Engine(cases.random_model(config), Plan(2, 150, 128)).score([row, row[:9]])
+    expected = [float(logprobs_TV[t, v]) for t, v in enumerate(row[1:])]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_mesh_strategy_is_followed(bundle, tmp_path, monkeypatch):

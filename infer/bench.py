@@ -22,7 +22,6 @@ from core.config import Experiment
 from core.sharding import MeshConfig, make_mesh
 from infer.config import BenchConfig
 from infer.report import (
-    cases,
     compare,
     peaks,
     plots,
@@ -55,17 +54,18 @@ def main(experiment: Experiment) -> dict[str, Any]:
 def measure(experiment: Experiment, output: Path) -> dict[str, Any]:
     """The report of this device; what is measured is kept in rows.jsonl meanwhile."""
     config: BenchConfig = experiment.bench
+    backend.keep_programs(experiment.workdir)
     with jax.set_mesh(make_mesh(experiment.mesh)):
         of = source.find(experiment)
         tokenizer = of.found.tokenizer if of.found else None
         material = quality.read(experiment, tokenizer, of.model.config.vocab_size)
         available = predict.capacity(config.memory_gib, 0)
-        planned = sweep.plan(cases.of(of.model), config, available)
+        planned = sweep.plan(source.cases_of(of.model, config), config, available)
         output.mkdir(parents=True, exist_ok=True)
         device = f"{peaks.num_devices()} x {jax.devices()[0].device_kind}"
         report = source.head(experiment, of, device)
         print(tables.title(report), file=sys.stderr, flush=True)
-        planned = sweep.with_model(planned, cases.of(source.weights(of)))
+        planned = sweep.with_model(planned, source.cases_of(source.weights(of), config))
         best = peaks.measure(of.model.config.compute_dtype)
         report["peaks"] = best._asdict()
         store = Store(output / "rows.jsonl", sweep.depends(experiment, of.depends))

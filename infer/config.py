@@ -77,6 +77,9 @@ class BenchConfig(Form):
         low=1,
         high=2**24,
     )
+    kv: tuple[str, ...] = setting(
+        (), "other caches to compare: plain, int8, k8v4, int4, stream (1024 + 4), quest (128 pages)"
+    )
     beyond: bool = setting(False, "measure contexts longer than model.context too")
     batch_size: int = setting(1, "rows at a time, over all devices", low=1)
     prefill_chunk: int = setting(512, "tokens of a row in one step", low=1)
@@ -116,7 +119,7 @@ class BenchConfig(Form):
                 f"compare={self.compare} and topology={self.topology!r}: neither runs a model, and "
                 "they are two commands; leave one out"
             )
-        for name in ("contexts", "depths", "tasks"):
+        for name in ("contexts", "kv", "depths", "tasks"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise UserError(f"{name}={values} names one of them twice")

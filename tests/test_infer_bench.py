@@ -17,6 +17,8 @@ from core.config import Unsupported, UserError
 from core.sharding import MeshConfig
 from infer import bench, load
 from infer.config import BenchConfig
+from infer.programs import bucket
+from infer.report import cases as variants
 from infer.report import measure, peaks, sweep
 from infer.report.store import Store
 
@@ -83,7 +85,7 @@ def test_the_cache_holds_what_theory_says(swept):
         assert row["kv_bytes_live"] == row["kv_bytes_theory"] == expected
         assert row["kv_bytes_per_device"] == expected // 2
         new = 8 * 3 + 100
-        whole = row["context"] + new
+        whole = bucket(row["context"] + new)
         kept = 6 if row["attention"] == "sliding" else whole
         assert row["kv_bytes_allocated"] == TOKEN * 2 * (kept + whole)
 
@@ -108,7 +110,7 @@ def test_files(bundle, swept):
 def test_beyond_the_context_and_its_learned_positions(one_device):
     def reasons(model, **fields):
         config = BenchConfig(**{**dict(contexts=(24, 128), decode_samples=1, repeats=1), **fields})
-        planned = sweep.plan(bench.cases.of(cases.random_model(model)), config, None)
+        planned = sweep.plan(variants.of(cases.random_model(model)), config, None)
         return [row.reason for row in planned if row.case.own]
 
     plain = cases.model_config()
@@ -129,7 +131,7 @@ def test_contexts_by_default_double_till_one_does_not_fit(one_device):
     assert sweep.contexts(config, cases.model_config()) == [64]
     beyond = sweep.contexts(BenchConfig(beyond=True), model)
     assert beyond[0] == 1024 and beyond[-1] == 2**20
-    found = sweep.plan(bench.cases.of(cases.random_model(model)), config, 11_000_000)
+    found = sweep.plan(variants.of(cases.random_model(model)), config, 11_000_000)
     fits = {(row.case.name, row.context): row.reason is None for row in found}
     assert fits["sliding", 1024] and not fits[max(k for k in fits if k[0] == "full")]
     assert list(fits.values()).count(False) == 2, "each case ends with the first that does not fit"
@@ -231,7 +233,7 @@ def test_mistakes_are_told_before_weights_are_read(bundle, tmp_path, monkeypatch
 def test_measuring_reads_the_text_once_and_makes_tokens_one_by_one(one_device):
     model = cases.random_model()
     config = BenchConfig(contexts=(24,), prefill_chunk=16, repeats=2, decode_samples=5)
-    (case,) = (one for one in bench.cases.of(model) if one.own)
+    (case,) = (one for one in variants.of(model) if one.own)
     found = measure.measure(case, 24, config)
     assert [end for end, _ in found.curve] == [16, 24]
     assert len(found.step_seconds) == 5 and measure.percentile(found.step_seconds) is None
@@ -265,8 +267,8 @@ def test_rows_are_frozen_before_they_are_run(one_device):
     """Planning takes shapes alone, so that nothing is allocated for what will not fit."""
     abstract = bench.source.find(cases.experiment("nowhere")).model
     before = jax.live_arrays()
-    planned = sweep.plan(bench.cases.of(abstract), BenchConfig(contexts=(32,)), None)
+    planned = sweep.plan(variants.of(abstract), BenchConfig(contexts=(32,)), None)
     assert len(jax.live_arrays()) == len(before)
-    real = sweep.plan(bench.cases.of(cases.random_model()), BenchConfig(contexts=(32,)), None)
+    real = sweep.plan(variants.of(cases.random_model()), BenchConfig(contexts=(32,)), None)
     needs = [[dataclasses.astuple(row)[2] for row in rows] for rows in (planned, real)]
     np.testing.assert_array_equal(*needs)

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from conftest import make_mesh
 
+from core import tree
+from core.config import Unsupported, UserError
 from core.hardware import GIB
+from infer import layout
 from infer.config import BenchConfig
 from infer.engine import Engine, Plan
 from infer.report import cases as variants
@@ -18,6 +21,7 @@ from infer.report.measure import Measured
 from infer.report.peaks import Peaks
 from infer.report.progress import Bar, Step
 from model.attention.spec import full, moba, sliding
+from model.cache_form import Form
 
 # Two layers of full attention: D 16, N 4, K 2, H 8, F 32, V 320, tied, float32.
 TWO = cases.model_config(num_layers=2, pattern=(full(),))
@@ -61,6 +65,38 @@ def test_kinds_read_what_a_token_sees(one_device):
     chooses = case(cases.model_config(num_layers=1, pattern=(moba(block=8, top=2),)))
     means = 5 * 2 * 8 * 4  # of 5 whole blocks, keys alone in float32
     assert predict.kv_bytes_read(chooses, 1, 40) == 16 * token + means
+
+
+def test_kinds_of_cache_are_a_line_each(one_device):
+    """Full attention of 2 layers, 2 kv heads of 8: bytes of 40 tokens that a step reads."""
+    model = cases.random_model(TWO)
+    kinds = ("int8", "k8v4", "stream", "quest")
+    found = {case.kv: case for case in variants.of(model, Form(), (*kinds, "plain"))}
+    assert list(found) == ["plain", "int8", "k8v4", "stream 1024+4", "quest 128x16"]
+    assert {case.name for case in found.values()} >= {"full", "full, int8"}
+    vectors = 40 * 2 * 2  # tokens, layers, heads; of keys, and as many of values
+    read = {kv: predict.kv_bytes_read(case, 1, 40) for kv, case in found.items()}
+    assert read["plain"] == read["stream 1024+4"] == vectors * 2 * 8 * 4
+    stored = predict.create(found["int8"], 1, 40).slots[0].k_LBKSH
+    scale = sum(x.dtype.itemsize for x in jax.tree.leaves(stored)) - 1
+    assert read["int8"] == vectors * 2 * (8 + scale)
+    assert read["int8"] - read["k8v4"] == vectors * 4
+    assert predict.kv_bytes_read(found["stream 1024+4"], 1, 5000) == 1028 * 4 * 2 * 8 * 4
+    pages = 5008 // 16 * 2 * 2 * 2 * 8 * 4  # lowest and highest key of each page
+    assert predict.kv_bytes_read(found["quest 128x16"], 1, 5008) == 2048 * 4 * 2 * 8 * 4 + pages
+    with pytest.raises(UserError, match="bench.kv names 'int2', which is not one of plain, int8"):
+        variants.of(model, Form(), ("int2",))
+    with pytest.raises(Unsupported, match="cache_window"):
+        learned = dataclasses.replace(TWO, learned_positions=True)
+        variants.of(cases.random_model(learned), Form(), ("stream",))
+
+
+def test_a_table_that_is_the_head_counts_once(one_device):
+    """As decoding on a CPU holds it: an array a layer, the embedding under two names."""
+    model = cases.random_model(TWO)
+    placed = layout.place(TWO, model.rules, tree.named_leaves(model))
+    weights = 4 * (MATRICES + HEAD + NORMS)
+    assert predict.device_bytes(placed) == predict.weight_bytes_read(placed) == weights
 
 
 def test_bytes_are_of_one_device_of_the_mesh():

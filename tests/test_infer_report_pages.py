@@ -43,7 +43,7 @@ def report():
     head = dict(device="1 x cpu", config="made up", weights="none", parameters=17552)
     model = dict(num_layers=4, pattern=[dict(window=512), dict(window=0)], dtype="float32")
     rest = dict(peaks=None, quality_text="noise", seconds=1.0, bench={})
-    effective = {"sliding, as the model": dict(length=2048, kinds=13)}
+    effective = {"sliding, plain": dict(length=2048, kinds=13)}
     return dict(**head, model=model, rows=rows, effective_length=effective, **rest)
 
 
@@ -168,7 +168,7 @@ def test_compare_lays_reports_over_each_other(two, tmp_path, monkeypatch, capsys
         assert ratios["decode_ms_per_token"] == 0.5 and ratios["prefill_seconds"] == 1
     text = (tmp_path / "out/compare.md").read_text()
     assert "(0.50x)" in text and "Ratios are to a." in text
-    assert "| 1,024 | sliding | as the model | b |" in text
+    assert "| 1,024 | sliding | plain | b |" in text
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"compare.json", "compare.md", *PICTURES}
     series = plots.every_series([(label, read(two, label)) for label in "ab"])

@@ -74,7 +74,9 @@ def test_what_does_not_fit_says_how_much_it_needs(predicted):
     with jax.set_mesh(topology.make_mesh(MeshConfig(), devices)):
         experiment = case("nowhere", topology="v5e:1x1", contexts=(1024,))
         model = topology.source.find(experiment).model
-        (planned,) = sweep.plan(bench.cases.of(model), experiment.bench, None)
+        (planned,) = sweep.plan(
+            topology.source.cases_of(model, experiment.bench), experiment.bench, None
+        )
         planned = dataclasses.replace(planned, need=predict.Memory(0, 0, 0))
         row = topology.row(planned, experiment.bench, small, 1)
     assert not row["fits"] and row["decode_ms_per_token"] is None

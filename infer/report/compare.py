@@ -26,7 +26,7 @@ FIGURES = {  # head of the column -> (key, unit)
     "cost / 1K decode": ("cost_per_1k_tokens", 1.0),
 }
 NEEDED = {"context", "attention", *(key for key, _ in FIGURES.values())}
-LATER = {"kv": "as the model", "quality": {}, "fits": True, "reason": None}  # of older reports
+LATER = {"kv": "plain", "quality": {}, "fits": True, "reason": None}  # of older reports
 
 
 def main(experiment: Experiment) -> dict[str, Any]:

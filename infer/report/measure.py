@@ -55,7 +55,7 @@ def plan(config: BenchConfig, context: int) -> Plan:
 
 def measure(case: Case, context: int, config: BenchConfig) -> Measured:
     """Measures one row with an engine of its own, whose cache is of its size."""
-    engine = Engine(case.model, plan(config, context), **case.how)
+    engine = Engine(case.model, plan(config, context), form=case.form)
     shape = engine.plan.batch, context
     tokens_BT = np.random.default_rng(0).integers(0, case.model.config.vocab_size, shape, np.int32)
     _warm_up(engine, tokens_BT)
@@ -90,7 +90,7 @@ def measure(case: Case, context: int, config: BenchConfig) -> Measured:
         kv_live=live,
         temporary_bytes=engine.temporary_bytes(),
         peak_bytes=peak.bytes(),
-        compile_seconds=engine.compile_seconds,
+        compile_seconds=engine.programs.seconds,
     )
 
 
@@ -115,7 +115,7 @@ def _start(engine: Engine, now, tokens_BT: np.ndarray, new: int) -> State:
 def _advance(engine: Engine, state: State) -> tuple[State, float]:
     """(state, seconds) of one call, its tokens on the host."""
     began = time.perf_counter()
-    state, (made, _) = engine.advance(state, np.zeros(engine.plan.batch, bool))
+    state, (_, made) = engine.advance(state, np.zeros(engine.plan.batch, bool))
     jax.device_get(made.tokens_BC)
     jax.block_until_ready(state)
     return state, time.perf_counter() - began

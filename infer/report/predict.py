@@ -8,13 +8,13 @@ FLOPs and bytes are those of useful work: each weight and each key that is seen 
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from core import hardware
+from core import hardware, tree
 from infer.engine import Plan
 from infer.report.cases import Case
 from model import cache, flops
@@ -42,25 +42,30 @@ def memory(case: Case, plan: Plan) -> Memory:
     return Memory(device_bytes(case.model), device_bytes(planned), working_set(case.model, plan))
 
 
-def create(case: Case, batch: int, length: int) -> Any:
+def create(case: Case, batch: int, length: int) -> cache.KVCache:
     """The cache as shapes."""
-    model = case.model
-    return jax.eval_shape(
-        lambda: cache.create(model.config, batch, length, model.rules, **case.how)
-    )
+    sizes = case.model.config, batch, length, case.model.rules, case.form
+    return jax.eval_shape(lambda: cache.create(*sizes))
 
 
 def device_bytes(arrays: Any) -> int:
-    """Bytes of all leaves on one device."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(arrays)
-    )
+    """Bytes of all leaves on one device; an array that is there twice counts once."""
+    return sum(map(_local_bytes, {id(x): x for x in jax.tree.leaves(arrays)}.values()))
 
 
-def kv_bytes(arrays: Any) -> int:
-    """Bytes of keys and values over all devices, without the positions."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays) if x.ndim == 5)
+def _local_bytes(x: Any) -> int:
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+
+def kv_arrays(slots: Sequence[cache.Slot]) -> list[tuple]:
+    """Keys, values and what chooses among them, without the positions."""
+    every = [x for slot in slots for x in (slot, slot.blocks) if x is not None]
+    return [(x.k_LBKSH, x.v_LBKSH, x.pages) for x in every]
+
+
+def kv_bytes(slots: Sequence[cache.Slot]) -> int:
+    """Bytes of `kv_arrays` over all devices."""
+    return tree.num_bytes(kv_arrays(slots))
 
 
 def working_set(model: Transformer, plan: Plan) -> int:
@@ -101,35 +106,36 @@ def decode_flops(config: ModelConfig, batch: int, context: int) -> float:
 
 
 def weight_bytes_read(model: Transformer) -> int:
-    """Bytes of weights that each step reads on one device: of a table of embeddings, nothing."""
-    total = device_bytes(model)
-    looked_up = [model.positions_PD] if model.positions_PD is not None else []
-    if model.head_VD is not None:
-        looked_up.append(model.embedding_VD)
-    return total - device_bytes(looked_up)
+    """Bytes of weights that each step reads on one device: of a table that is looked up in, none,
+    unless the head is the same.
+    """
+    if model.head_VD is None:
+        heads = jax.tree.leaves(model.embedding_VD)
+    else:
+        heads = jax.tree.leaves(model.head_VD)
+    tables = jax.tree.leaves((model.embedding_VD, model.positions_PD))
+    idle = [x for x in tables if all(x is not head for head in heads)]
+    return device_bytes(model) - device_bytes(idle)
 
 
 def kv_bytes_read(case: Case, batch: int, context: int) -> int:
     """Bytes of keys and values that a decode step reads on one device: those that a token sees.
 
-    For windows that is all that is kept. A kind that chooses blocks reads the chosen ones, and
+    For windows that is all that is kept. Who chooses blocks or pages reads the chosen ones, and
     all that it chooses by.
     """
-    config = case.model.config
-    planned = create(case, batch, context)
+    config, form = case.model.config, case.form
     specs = [spec for slots, _ in config.stages for spec in slots]
     total = 0.0
-    for spec, slot in zip(specs, planned.slots, strict=True):
-        blocks = 0 if slot.blocks is None else kv_on_device(slot.blocks)
-        kept = slot.positions_BS.shape[1]
+    for spec, slot in zip(specs, create(case, batch, context).slots, strict=True):
         seen = int(keys_seen(spec, context)[-1])
-        total += (kv_on_device(slot) - blocks) * min(1.0, seen / kept) + blocks
+        if slot.pages is not None:
+            seen = min(seen, form.cache_pages * form.cache_page)
+        kept = slot.positions_BS.shape[1]
+        tokens = device_bytes((slot.k_LBKSH, slot.v_LBKSH))
+        chosen_by = device_bytes(kv_arrays([slot])) - tokens
+        total += tokens * min(1.0, seen / kept) + chosen_by
     return int(total)
-
-
-def kv_on_device(slot: Any) -> int:
-    """Bytes of keys and values on one device."""
-    return device_bytes([x for x in jax.tree.leaves(slot) if x.ndim == 5])
 
 
 def capacity(memory_gib: float, held: int) -> int | None:
@@ -169,11 +175,4 @@ def _host_bytes() -> int | None:
 
 def live_bytes(kv: cache.KVCache) -> int:
     """Bytes of the keys and values of all tokens that the cache holds, over all devices."""
-
-    def of(slot: cache.Slot) -> float:
-        blocks = 0 if slot.blocks is None else kv_bytes(slot.blocks)
-        held = int((slot.positions_BS >= 0).sum()) / np.prod(slot.positions_BS.shape)
-        own = (kv_bytes(slot) - blocks) * held
-        return own + (of(slot.blocks) if slot.blocks is not None else 0)
-
-    return round(sum(map(of, kv.slots)))
+    return sum(int((slot.positions_BS >= 0).sum()) * slot.token_bytes for slot in kv.slots)

@@ -46,8 +46,8 @@ class Engines:
         if self._name != row.name:
             self._engine = None  # before the next is made
             shapes = plan(row, self._config, self._available)
-            model, how = row.case.model, row.case.how
-            self._engine = Engine(model, shapes, self._material.tokenizer, **how)
+            tokenizer, form = self._material.tokenizer, row.case.form
+            self._engine = Engine(row.case.model, shapes, tokenizer, form=form)
             self._name = row.name
         return self._engine
 

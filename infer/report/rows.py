@@ -83,7 +83,7 @@ def planned(row: Row, config: BenchConfig) -> dict[str, Any]:
         "kv_bytes_theory": predict.kv_bytes(exact.slots),
         "kv_bytes_allocated": predict.kv_bytes(roomy.slots),
         "kv_bytes_live": None,
-        "kv_bytes_per_device": sum(map(predict.kv_on_device, exact.slots)),
+        "kv_bytes_per_device": predict.device_bytes(predict.kv_arrays(exact.slots)),
         "weight_bytes": row.need.weights,
         "temporary_bytes_predicted": row.need.temporaries,
         "temporary_bytes": None,

@@ -13,11 +13,14 @@ from core import sharding, tree
 from core.checkpoint import CONFIG, FILES
 from core.config import Experiment, to_dict
 from core.sharding import Rules
-from infer import load
+from infer import layout, load
 from infer.config import BenchConfig
 from infer.load import Found
+from infer.report import cases
+from infer.report.cases import Case
 from infer.report.store import fingerprint
 from model import transformer
+from model.cache_form import Form
 from model.config import ModelConfig
 from model.transformer import Transformer
 
@@ -56,7 +59,14 @@ def weights(source: Source) -> Transformer:
     if source.found:
         return load.restore(source.found, rules)
     model = transformer.create(config, rules, jax.random.key(0))
-    return load.in_compute_dtype(model, config)
+    weights = tree.named_leaves(load.in_compute_dtype(model, config))
+    del model
+    return layout.place(config, rules, weights)
+
+
+def cases_of(model: Transformer, config: BenchConfig) -> list[Case]:
+    """All that the report compares."""
+    return cases.of(model, Form.of(config), config.kv)
 
 
 def head(experiment: Experiment, source: Source, device: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from core.sharding import make_mesh
 from infer import steps
 from infer.config import BenchConfig
 from infer.engine import Plan
-from infer.report import cases, measure, predict, rows, source, sweep, tables
+from infer.report import measure, predict, rows, source, sweep, tables
 from infer.report.cases import Case
 from infer.report.progress import Bar, Step
 from infer.report.rows import Row
@@ -52,8 +52,8 @@ def report(experiment: Experiment, output: Path) -> dict[str, Any]:
         )
     with jax.set_mesh(make_mesh(experiment.mesh, devices)):
         of = source.find(experiment)
-        limit = predict.capacity(config.memory_gib, 0) if config.memory_gib else None
-        planned = sweep.plan(cases.of(of.model), config, limit or int(chip.hbm_bytes))
+        limit = config.memory_gib * hardware.GIB or chip.hbm_bytes
+        planned = sweep.plan(source.cases_of(of.model, config), config, int(limit))
         device = f"{config.topology}, {len(devices)} x {devices[0].device_kind}, not run"
         found = {**source.head(experiment, of, device), "peaks": None, "effective_length": {}}
         print(tables.title(found), file=sys.stderr, flush=True)
@@ -166,7 +166,7 @@ def _program(case: Case, model: Transformer, shapes: Plan, name: str) -> tuple[A
     config, rules, B = model.config, model.rules, shapes.batch
 
     def state() -> tuple:
-        kv = cache.create(config, B, shapes.length, case.model.rules, **case.how)
+        kv = cache.create(config, B, shapes.length, case.model.rules, case.form)
         place = rules("batch", None)
         last_BD = jnp.zeros((B, config.embed_dim), config.compute_dtype, out_sharding=place)
         row_B = jnp.zeros(B, jnp.int32, out_sharding=rules("batch"))
@@ -189,7 +189,7 @@ def _program(case: Case, model: Transformer, shapes: Plan, name: str) -> tuple[A
 
 def _one_token(model: Transformer, now: steps.Prefilled, at_B: jax.Array, length_B: jax.Array):
     """A greedy step as `advance` does it."""
-    logits_BV = model.logits(now.last_BD[:, None])[:, 0]
+    logits_BV = model.logits(now.last_BD)
     logits_BV = jax.sharding.reshard(logits_BV, model.rules("batch", None))
     token_B = logits_BV.argmax(axis=-1).astype(jnp.int32)
     return steps.feed(model, now, token_B, at_B, token_B >= 0, length_B), token_B

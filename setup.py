@@ -15,6 +15,7 @@ PACKAGES = [
     "core",
     "data",
     "infer",
+    "infer.report",
     "infer.ruler",
     "model",
     "model.attention",

@@ -10,9 +10,9 @@ import numpy as np
 
 from bench import decode as bench
 from bench import turns
-from core import backend, sharding, tree
+from core import backend, sharding
 from core.sharding import MeshConfig, make_mesh
-from infer import layout, load
+from infer import load
 from infer.engine import Engine, Plan
 from infer.sampling import Sampling, pack
 from infer.steps import STEPS
@@ -49,8 +49,7 @@ def filled(cache: KVCache, context: int) -> KVCache:
 def program(dtype: str, batch: int, context: int) -> Callable[[], None]:
     """A call that makes TOKENS tokens more in each row."""
     config, rules = model_config(dtype), sharding.prefilling()
-    model = load.in_compute_dtype(transformer.create(config, rules, jax.random.key(0)), config)
-    model = layout.place(config, rules, tree.named_leaves(model))
+    model = load.held(transformer.create(config, rules, jax.random.key(0)))
     engine = Engine(model, Plan(batch, context + bench.ROOM, 16, bench.ROOM))
     now = engine.empty()
     kv = jax.jit(functools.partial(filled, context=context), donate_argnums=0)(now.cache)

@@ -52,7 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 prompt="def read_lines(path):\n", max_tokens=160, temperature=0.7, top_p=0.95
             ),
             score=ScoreConfig(),
-            bench=BenchConfig(),
+            bench=BenchConfig(contexts=(1024, 4096, 16384), loss_rows=2),
         )
     )
     if arg == "tiny":

@@ -19,6 +19,8 @@ import jax
 from jax.experimental import topologies
 
 from core.config import UserError
+from core.hardware import Chip
+from core.hlo import Collective
 
 EXAMPLES = "v4:2x2x4, v5e:4x4, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4"
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -41,13 +43,13 @@ class Compiled:
     refused: bool
 
 
-def slice_devices(topology: str) -> Sequence[jax.Device]:
-    """The devices of a slice such as `v5e:2x2`; UserError if there is none of that name."""
+def slice_devices(topology: str, field: str = "aot.topology") -> Sequence[jax.Device]:
+    """The devices of a slice such as `v5e:2x2`; UserError, about `field`, if there is none."""
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("aot needs the TPU compiler, which is not installed: pip install -e .[aot]")
-    mistake = UserError(
-        f"aot.topology={topology!r} is no slice that libtpu knows; some are {EXAMPLES}"
-    )
+        raise UserError(
+            f"{field} needs the TPU compiler, which is not installed: pip install -e .[aot]"
+        )
+    mistake = UserError(f"{field}={topology!r} is no slice that libtpu knows; some are {EXAMPLES}")
     shape = re.fullmatch(r"\w+:(\d+(?:x\d+)*)", topology)
     sizes = [int(size) for size in shape[1].split("x")] if shape else [0]
     if 0 in sizes:  # libtpu divides by it
@@ -83,3 +85,19 @@ def compile_for(lowered: jax.stages.Lowered) -> Compiled:
 def _local_bytes(leaf: Any) -> int:
     """Bytes of one device's part of an abstract argument."""
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def optimal_seconds(
+    flops: float, num_bytes: float, collectives: tuple[Collective, ...], chip: Chip
+) -> float:
+    """A lower bound: products, memory and asynchronous collectives side by side, then the rest.
+
+    A device receives at half of `chip.links` at most. An all-reduce moves its bytes twice, as a
+    reduce-scatter and an all-gather would.
+    """
+    waits = {True: 0.0, False: 0.0}
+    for one in collectives:
+        moved = one.bytes * (2 if one.kind == "all-reduce" else 1)
+        waits[one.asynchronous] += moved / (chip.links / 2)
+    overlapped = max(flops / chip.flops, num_bytes / chip.hbm_bandwidth, waits[True])
+    return overlapped + waits[False]

@@ -30,6 +30,8 @@ FREE = {
     "call", "after-all", "partition-id", "replica-id", "opt-barrier", "iota", "async-start",
     "async-update",
 }  # fmt: skip
+# What writes into its first operand in place, and which operand is written there.
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,8 +180,8 @@ class _Counter:
             return reads + self.written(inner, shapes)
         if opcode == "dynamic-slice":
             return 2 * shapes[0].hbm_bytes
-        if opcode == "dynamic-update-slice":
-            return 2 * operands[1][0].bytes * operands[0][0].in_hbm
+        if opcode in UPDATES:
+            return 2 * operands[UPDATES[opcode]][0].bytes * operands[0][0].in_hbm
         if opcode == "slice-start":  # a prefetch: (operand, slice, context)
             return shapes[1].bytes * operands[0][0].in_hbm + shapes[1].hbm_bytes
         if opcode.endswith("-start"):
@@ -200,7 +202,7 @@ class _Counter:
             elif user.opcode == "fusion":
                 at = user.operands.index(parameter.name)
                 total += self.read(self.computations[user.calls["calls"]], at)
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+            elif user.opcode in UPDATES and user.operands[0] == parameter.name:
                 continue
             elif user.opcode not in ("tuple", "get-tuple-element"):
                 total = math.inf
@@ -212,8 +214,11 @@ class _Counter:
         roots = [computation[n] for n in root.operands] if root.opcode == "tuple" else [root]
         total = 0
         for value, shape in zip(roots, shapes, strict=False):
-            if value.opcode == "dynamic-update-slice":
-                total += computation[value.operands[1]].shapes[0].bytes * shape.in_hbm
+            while value.opcode == "bitcast":
+                value = computation[value.operands[0]]
+            if value.opcode in UPDATES:
+                update = value.operands[UPDATES[value.opcode]]
+                total += computation[update].shapes[0].bytes * shape.in_hbm
             elif value.opcode not in ("parameter", "get-tuple-element", *COLLECTIVES):
                 total += shape.hbm_bytes
         return total

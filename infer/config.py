@@ -92,19 +92,60 @@ class ScoreConfig(Weights, Form):
 
 @dataclasses.dataclass(frozen=True)
 class BenchConfig(Weights, Form):
-    """The context-window sweep of `python -m infer.bench`: speed and memory, not quality."""
+    """The context-window report of `python -m infer.bench`."""
 
     checkpoint: str = setting("", "a bundle; empty is the workdir, or random weights")
     step: int | None = setting(None, "of the bundle; None is the newest complete one", low=0)
     contexts: tuple[int, ...] = setting(
-        (256, 512, 1024, 2048, 4096, 8192, 16384), "tokens before the decoded ones", low=1
+        (),
+        "tokens before the decoded ones; () is 1K, 2K, 4K ... up to what fits",
+        low=1,
+        high=2**24,
     )
+    kv: tuple[str, ...] = setting(
+        (),
+        "other caches to compare: plain, int8, k8v4, int4, stream (1024 + 4), quest (128 pages), host",
+    )
+    beyond: bool = setting(False, "measure contexts longer than model.context too")
     batch_size: int = setting(1, "rows at a time, over all devices", low=1)
     prefill_chunk: int = setting(512, "tokens of a row in one step", low=1)
-    repeats: int = setting(3, "measurements of 8 decoded tokens; the median counts", low=1)
-    output: str = setting("", "a folder; empty is WORKDIR/bench")
+    repeats: int = setting(3, "timed calls of 8 decoded tokens; the median counts", low=1)
+    decode_samples: int = setting(
+        100, "single tokens timed one by one; the 99th percentile needs 100", low=1
+    )
+    price_per_hour: float = setting(0.0, "of all devices, for the cost; 0 is none", low=0)
+    memory_gib: float = setting(0.0, "GiB of a device to plan for; 0 is what it has", low=0)
+    text: tuple[str, ...] = setting(
+        (), "globs of .txt files to tell the loss on; () is the validation split in WORKDIR/data"
+    )
+    loss_rows: int = setting(4, "texts a context for the loss by position; 0 is off", low=0)
+    tasks: tuple[str, ...] = setting(
+        (), "needle, passkey, RULER's kinds by name, ruler (all of those) or all; () is none"
+    )
+    task_samples: int = setting(10, "samples of each task, or of each depth", low=1)
+    depths: tuple[float, ...] = setting(
+        (0.0, 0.25, 0.5, 0.75, 1.0), "of needle and passkey in their haystack", low=0, high=1
+    )
+    haystack: tuple[str, ...] = setting((), "globs of .txt files; () is the built-in filler")
+    questions: str = setting("", "a JSON file for qa_1 and qa_2")
+    compare: tuple[str, ...] = setting(
+        (), "reports to overlay, folders or report.json; no model is run"
+    )
+    topology: str = setting(
+        "", "a TPU slice to predict for by its compiler, as v5p:2x2x1; no model is run"
+    )
+    output: str = setting("", "a folder; empty is WORKDIR/bench (compare: WORKDIR/compare)")
 
     def check(self) -> None:
         Form.check(self)
-        if not self.contexts:
-            raise UserError("contexts=() is empty: give at least one")
+        if len(self.compare) == 1:
+            raise UserError(f"compare={self.compare} is one report: name two or more")
+        if self.compare and self.topology:
+            raise UserError(
+                f"compare={self.compare} and topology={self.topology!r}: neither runs a model, and "
+                "they are two commands; leave one out"
+            )
+        for name in ("contexts", "kv", "depths", "tasks"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise UserError(f"{name}={values} names one of them twice")

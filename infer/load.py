@@ -84,11 +84,24 @@ def restore(found: Found, rules: Rules, form: Rounding | None = None) -> Transfo
     return layout.place(found.config, rules, leaves)
 
 
-def rounded(model: Transformer, form: Rounding) -> Transformer:
-    """The same weights in `form`; each float one is gone as soon as it is rounded."""
+def held(model: Transformer, form: Rounding | None = None) -> Transformer:
+    """The same weights as `restore` gives them; each is used up as soon as it is rounded."""
     leaves = tree.named_leaves(model).items()
     leaves = {name: _used_up(name, x, model.config, form) for name, x in leaves}
     return layout.place(model.config, model.rules, leaves)
+
+
+def shapes(config: ModelConfig, rules: Rules, form: Rounding | None = None) -> Transformer:
+    """What is held, with shapes in place of arrays."""
+    model = transformer.abstract(config, rules)
+    if form is None:
+        return in_compute_dtype(model, config)
+
+    def leaf(name: str, x: jax.ShapeDtypeStruct) -> Any:
+        return jax.eval_shape(lambda x: rounded_weight(name, x, config, form), x)
+
+    leaves = tree.named_leaves(model).items()
+    return tree.with_leaves(model, {name: leaf(name, x) for name, x in leaves})
 
 
 def _used_up(name: str, x: jax.Array, config: ModelConfig, form: Rounding) -> Any:
@@ -98,8 +111,10 @@ def _used_up(name: str, x: jax.Array, config: ModelConfig, form: Rounding) -> An
     return few_bits
 
 
-def rounded_weight(name: str, x: jax.Array, config: ModelConfig, form: Rounding) -> Any:
+def rounded_weight(name: str, x: jax.Array, config: ModelConfig, form: Rounding | None) -> Any:
     """The parameter `name` as a model holds it whose weights are in `form`."""
+    if form is None:
+        return _cast(name, x, config)
     matrix = parts.matrices(config).get(name)
     if matrix is not None:
         return _quantise(x, matrix.input_dims, form, True)

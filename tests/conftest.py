@@ -31,6 +31,7 @@ HAS_TPU_COMPILER = (sys.platform, platform.machine()) == ("linux", "x86_64")
 NEED_TPU_COMPILER = [
     "test_train_aot.py",
     "test_infer_aot.py",
+    "test_infer_report_topology.py",
     "test_model_attention_splash_aot.py",
     "test_model_attention_picked_aot.py",
 ]

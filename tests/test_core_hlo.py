@@ -125,3 +125,23 @@ def test_a_prefetch_of_a_slice_reads_the_slice():
     text += "  %s = ((s8[33554432]{0}), s8[4194304]{0:S(1)}, s32[]{:S(2)}) slice-start(%p), "
     text += "slice={[0:4194304]}\n  ROOT %d = s8[4194304]{0:S(1)} slice-done(%s)\n}\n"
     assert hlo.count(text, "nowhere").bytes == 4194304
+
+
+def test_a_scatter_in_place_writes_what_is_new():
+    text = """HloModule m
+
+%write (x: f32[1000,8], at: s32[2,1], new: f32[2,8]) -> f32[1000,8] {
+  %x = f32[1000,8]{1,0} parameter(0)
+  %at = s32[2,1]{1,0} parameter(1)
+  %new = f32[2,8]{1,0} parameter(2)
+  ROOT %scatter = f32[1000,8]{1,0} scatter(%x, %at, %new), update_window_dims={1}, to_apply=%add
+}
+
+ENTRY %main (x: f32[1000,8], at: s32[2,1], new: f32[2,8]) -> f32[1000,8] {
+  %x = f32[1000,8]{1,0} parameter(0)
+  %at = s32[2,1]{1,0} parameter(1)
+  %new = f32[2,8]{1,0} parameter(2)
+  ROOT %fusion = f32[1000,8]{1,0} fusion(%x, %at, %new), kind=kCustom, calls=%write
+}
+"""
+    assert hlo.count(text, "nowhere").bytes == 8 + 64 + 64  # places, what is read, what is written

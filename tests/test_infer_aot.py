@@ -12,7 +12,7 @@ from core import aot, hlo, sharding, tree
 from core.sharding import MeshConfig, make_mesh
 from infer import load, steps
 from infer.sampling import Sampling, pack
-from model import cache, memory, transformer, weights
+from model import cache, memory, weights
 from model.attention.spec import full
 from model.cache_form import Form
 
@@ -35,27 +35,15 @@ def in_its_memory(slot):
     return dataclasses.replace(slot, k_LBKSH=k_LBKSH, v_LBKSH=v_LBKSH)
 
 
-def rounded(model, kind):
-    """`model`, abstract, with its weights rounded; and what they were rounded to."""
-    rounding = weights.rounding(model.config, model.rules, kind, None)
-
-    def leaf(name, x):
-        return jax.eval_shape(lambda x: load.rounded_weight(name, x, model.config, rounding), x)
-
-    leaves = tree.named_leaves(model).items()
-    return tree.with_leaves(model, {name: leaf(name, x) for name, x in leaves}), rounding
-
-
-def program(name, form=Form(), length=LENGTH, kind=None, **fields):  # noqa: B008 (immutable)
+def program(name, form=Form(), length=LENGTH, kind="compute", **fields):  # noqa: B008 (immutable)
     """(compiled, bytes of the cache) of one text on 2 shards of its length and 2 of the heads."""
     rules = sharding.prefilling() if name == "extend" else sharding.decoding()
     # Several layers and kv heads on a device: one alone has a layout that every use likes.
     sizes = dict(pattern=(full(),), num_layers=4, num_kv_heads=4, head_dim=128)
     sizes |= dict(dtype="bfloat16", attention_kernel="chunked") | fields
     config = cases.model_config(**sizes)
-    model = transformer.abstract(config, rules)
-    if kind:
-        model, _ = rounded(model, kind)
+    rounding = weights.rounding(config, rules, kind, None)
+    model = load.shapes(config, rules, rounding)
 
     def state():
         held = cache.create(config, 1, length, rules, form)

@@ -34,7 +34,7 @@ def rounded(name, kind, folder):
         family_cases.write(name, folder)
     model = hf_import.load(directory, sharding.prefilling(), dtype="float32")
     form = weights.rounding(model.config, model.rules, kind, None)
-    return load.rounded(model, form), model.config
+    return load.held(model, form), model.config
 
 
 def assert_stands_for_its_numbers(name, kind, sizes, folder):
@@ -101,7 +101,7 @@ def test_few_weights_are_ever_floats(bundle, monkeypatch, sizes, kind):
         form = weights.rounding(found.config, rules, kind, None)
         before = tree.num_bytes(jax.live_arrays())
         model = load.restore(found, rules, form)
-        whole = load.rounded(cases.random_model(found.config), form)
+        whole = load.held(cases.random_model(found.config), form)
     assert len(alive) == len(parts.shapes(found.config))
     assert max(alive) - before <= memory.weight_bytes(found.config, kind, None)
     for name, x in tree.named_leaves(model).items():

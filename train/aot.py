@@ -112,7 +112,7 @@ def costs(
     trips = (attention - program.scope_flops) / max(program.loop_flops, 1.0)
     flops = program.flops + attention
     num_bytes = program.bytes + program.loop_bytes * (trips if program.loop_flops else 1)
-    seconds = chip and optimal_seconds(flops, num_bytes, program.collectives, chip)
+    seconds = chip and aot.optimal_seconds(flops, num_bytes, program.collectives, chip)
     return dict(
         flops_per_device=flops,
         bytes_per_device=num_bytes,
@@ -121,22 +121,6 @@ def costs(
         estimated_mfu_dense=chip and aot_report.mfu(experiment, seconds, chip, devices, "dense"),
         collectives=program.collectives,
     )
-
-
-def optimal_seconds(
-    flops: float, num_bytes: float, collectives: tuple[hlo.Collective, ...], chip: Chip
-) -> float:
-    """A lower bound: products, memory and asynchronous collectives side by side, then the rest.
-
-    A device receives at half of `chip.links` at most. An all-reduce moves its bytes twice, as a
-    reduce-scatter and an all-gather would.
-    """
-    waits = {True: 0.0, False: 0.0}
-    for one in collectives:
-        moved = one.bytes * (2 if one.kind == "all-reduce" else 1)
-        waits[one.asynchronous] += moved / (chip.links / 2)
-    overlapped = max(flops / chip.flops, num_bytes / chip.hbm_bandwidth, waits[True])
-    return overlapped + waits[False]
 
 
 if __name__ == "__main__":

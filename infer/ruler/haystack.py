@@ -57,14 +57,15 @@ def builtin(length: int) -> Haystack:
 def read(globs: Iterable[str], field: str) -> Haystack:
     """The .txt files that the globs match, in order; `field` is what errors name."""
     globs = tuple(globs)
-    paths = dict.fromkeys(path for pattern in globs for path in _matches(pattern, field))
-    found = [word for path in paths for word in WORD.findall(_text(path, field))]
+    paths = dict.fromkeys(path for pattern in globs for path in matches(pattern, field))
+    found = [word for path in paths for word in WORD.findall(content(path, field))]
     if not found:
         raise UserError(f"{field}={globs} has no words: name .txt files with text in them")
     return Haystack(", ".join(globs), found)
 
 
-def _matches(pattern: str, field: str) -> list[str]:
+def matches(pattern: str, field: str) -> list[str]:
+    """The .txt files that a glob matches, in order; UserError if there are none, or others."""
     pattern = os.path.expanduser(pattern)
     found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
     found = [path for path in found if os.path.isfile(path)]
@@ -76,7 +77,8 @@ def _matches(pattern: str, field: str) -> list[str]:
     return found
 
 
-def _text(path: str, field: str) -> str:
+def content(path: str, field: str) -> str:
+    """All of a file; UserError unless it is UTF-8."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -104,7 +104,8 @@ class BenchConfig(Weights, Form):
     )
     kv: tuple[str, ...] = setting(
         (),
-        "other caches to compare: plain, int8, k8v4, int4, stream (1024 + 4), quest (128 pages), host",
+        "other caches to compare: plain, int8, k8v4, int4, host, stream (1024 + 4), "
+        "quest (128 pages)",
     )
     beyond: bool = setting(False, "measure contexts longer than model.context too")
     batch_size: int = setting(1, "rows at a time, over all devices", low=1)

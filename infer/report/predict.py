@@ -109,7 +109,12 @@ def weight_bytes_read(model: Transformer) -> int:
     """Bytes of weights that each step reads on one device: of a table that is looked up in, none,
     unless the head is the same.
     """
-    idle = [model.positions_PD] + [model.embedding_VD] * (model.head_VD is not None)
+    if model.head_VD is None:
+        heads = jax.tree.leaves(model.embedding_VD)
+    else:
+        heads = jax.tree.leaves(model.head_VD)
+    tables = jax.tree.leaves((model.embedding_VD, model.positions_PD))
+    idle = [x for x in tables if all(x is not head for head in heads)]
     return device_bytes(model) - device_bytes(idle)
 
 

@@ -1,12 +1,16 @@
-"""Texts made to be remembered: records `key VALUE` among filler, and the same records again.
+"""Texts made to be remembered: records `VALUE key` among filler, and later `key VALUE` for some.
 
     text = document(seed=0, index=3, tokens=1024)
     quiz = question(seed=0, index=3, tokens=4096, records=32, asked=8)
 
-Associative recall of many keys (Zoology, arXiv 2312.04927): a key that comes again has the value
-it had before, and nothing else tells it. Keys, values, words of the filler and line ends are a
-token each once the tokenizer has all the pieces that such texts support (`PIECES`), and "tokens"
-here are these; a bos and an eos come on top.
+Associative recall of many keys (Zoology, arXiv 2312.04927): a key that comes again is followed by
+the value that stood before it, and nothing else tells it. Keys, values, words of the filler and
+line ends are a token each once the tokenizer has all the pieces that such texts support, and
+"tokens" here are these; a bos and an eos come on top.
+
+Why the value stands before the key: to find it takes a look at the same key, which then has its
+value beside it. With the value after the key a model must first learn to look for what comes
+after the same key, and these tiny ones do not within 2 million tokens; this they do within 0.5.
 """
 
 import dataclasses
@@ -17,24 +21,25 @@ from collections.abc import Iterator
 from core.config import UserError
 from data.document import Document
 
-# RULER's noise (arXiv 2404.06654), a sentence a line. No word that begins one looks like a key.
+# RULER's noise (arXiv 2404.06654), a sentence a line. A line begins with a space, because with it
+# a word is the same token at the start of a line and in it.
 FILLER = (
-    "the grass is green",
-    "the sky is blue",
-    "the sun is yellow",
-    "here we go",
-    "there and back again",
+    " the grass is green",
+    " the sky is blue",
+    " the sun is yellow",
+    " here we go",
+    " there and back again",
 )
 KEYS, VALUES = 128, 32
-RECORD = 3  # tokens: key, value, line end
-SHORTEST = 32  # tokens of a document
+RECORD = 3  # tokens: value, key, line end
+SHORTEST = 64  # tokens of a document
 
 
 @dataclasses.dataclass(frozen=True)
 class Quiz:
     """A text whose records were each written once, and some of them to ask for."""
 
-    text: str  # ends with a line end: `text + key` is a prompt
+    text: str  # ends with a line end: `text + " " + key` is a prompt
     asked: tuple[tuple[str, str], ...]  # (key, value), in the order of their depths
     depths: tuple[float, ...]  # of these records in the text: 0 is its start, 1 its end
 
@@ -63,14 +68,14 @@ def documents(seed: int, tokens: int) -> Iterator[Document]:
 
 
 def document(seed: int, index: int, tokens: int) -> str:
-    """Records, filler, and again and again one of the records so far: `tokens` at most.
+    """Records, filler, and again and again a key with its value: `tokens` at most.
 
     What was written long ago comes again more often than what was written lately.
     """
     draw = random.Random(f"document {seed} {index}")
     keys, values = draw.sample(KEY, KEYS), {}
     known = []  # keys, by when they were written last
-    dull, fresh = draw.uniform(0, 0.8), draw.uniform(0.2, 0.6)  # chances, of one text
+    dull, fresh = draw.uniform(0, 0.6), draw.uniform(0.2, 0.6)  # chances, of one text
     lines = []
     while True:
         if draw.random() < dull:
@@ -79,10 +84,11 @@ def document(seed: int, index: int, tokens: int) -> str:
             if not known or (keys and draw.random() < fresh):
                 key = keys.pop()
                 values[key] = draw.choice(VALUE)
+                line = f" {values[key]} {key}"
             else:
                 key = known.pop(int(len(known) * draw.random() ** 2))
+                line = f" {key} {values[key]}"
             known.append(key)
-            line = f"{key} {values[key]}"
         tokens -= count(line)
         if tokens < 0:
             return "\n".join(lines) + "\n"
@@ -108,7 +114,7 @@ def question(seed: int, index: int, tokens: int, records: int, asked: int) -> Qu
     lines, last = [], 0
     for depth, (key, value) in zip(depths, known.items(), strict=True):
         place = int(depth * (len(filler) + 1))
-        lines += [*filler[last:place], f"{key} {value}"]
+        lines += [*filler[last:place], f" {value} {key}"]
         last = place
     text = "\n".join([*lines, *filler[last:]]) + "\n"
     found = list(known.items())
@@ -128,4 +134,4 @@ def sentences(draw: random.Random, tokens: int) -> list[str]:
 
 def count(line: str) -> int:
     """Tokens of a line: its words, and its end."""
-    return line.count(" ") + 2
+    return line.count(" ") + 1

@@ -94,7 +94,7 @@ def _quizzes(length: int, tokenizer: Tokenizer, config: RecallConfig):
     except UserError as error:
         raise UserError(f"recall.lengths={length}: {error}") from None
     rows = [np.concatenate([bos, ids]) for ids in tokenizer.encode_batch([q.text for q in quizzes])]
-    lines = [f"{key} {value}" for quiz in quizzes for key, value in quiz.asked]
+    lines = [f" {key} {value}" for quiz in quizzes for key, value in quiz.asked]
     asked = tokenizer.encode_batch(lines)
     if any(len(row) != body + len(bos) for row in rows) or any(len(pair) != 2 for pair in asked):
         raise UserError(

@@ -27,11 +27,11 @@ CONFIG = RecallConfig(
 def vocabulary(tmp_path_factory):
     """A tokenizer with a token a word."""
     many = [texts.document(0, i, 400) for i in range(1500)]
-    return tokenizer_trained.train(many, 544, tmp_path_factory.mktemp("vocabulary"))
+    return tokenizer_trained.train(many, 576, tmp_path_factory.mktemp("vocabulary"))
 
 
 def model_config(**fields):
-    return cases.model_config(vocab_size=544, context=256, pattern=(sliding(6), full()), **fields)
+    return cases.model_config(vocab_size=576, context=256, pattern=(sliding(6), full()), **fields)
 
 
 def greedy_answers(model, vocabulary, length, config=CONFIG):
@@ -83,7 +83,7 @@ def test_texts_fill_the_length(vocabulary):
         for row, pairs in zip(rows, asked, strict=True):
             row = row.tolist()
             for key, value in pairs:
-                assert row[row.index(key) + 1] == value
+                assert row[row.index(key) - 1] == value
 
 
 def test_extended_ropes():

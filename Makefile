@@ -2,6 +2,7 @@
 # make quickstart   the whole life of a small model on this machine, offline
 # make test         the whole suite on 8 simulated devices     make test-slow   the long proofs
 # make lint         ruff                                       make bench       speed against peers
+# make lab          tiny models that retrieve by key, measured to 16x: docs/long-context-lab.md
 # make aot-ladder   what an 8B model would need on TPU slices that are not there: docs/aot.md
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 CONFIG = --config=configs/quickstart.py
 
-.PHONY: setup quickstart test test-slow smoke lint bench aot-ladder clean
+.PHONY: setup quickstart test test-slow smoke lint bench lab aot-ladder clean
 
 setup: $(STAMP)
 
@@ -43,6 +44,9 @@ lint: setup
 bench: setup
 	$(BIN)/python -m bench.train
 	$(BIN)/python -m bench.attention
+
+lab: setup
+	$(BIN)/python -m bench.long_context_lab
 
 aot-ladder: setup
 	$(BIN)/python -m bench.aot_ladder

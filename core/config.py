@@ -73,6 +73,7 @@ class Experiment:
     decode: Any = None
     score: Any = None
     bench: Any = None
+    recall: Any = None
 
     def __post_init__(self):
         if not self.workdir:

@@ -13,8 +13,10 @@ from core.config import Section, UserError, setting
 class DataConfig(Section):
     """What `python -m data.prepare` reads; training reads only what that wrote."""
 
-    source: Literal["stdlib", "files", "tfds"] = setting(
-        "stdlib", "stdlib (of this Python, needs no network), files, or tfds (a prepared dataset)"
+    source: Literal["stdlib", "files", "tfds", "recall"] = setting(
+        "stdlib",
+        "stdlib (of this Python, needs no network), files, tfds (a prepared dataset), or recall "
+        "(made here: keys and values to be remembered)",
     )
     files: tuple[str, ...] = setting(
         (), "globs for source=files: .txt .md .py .jsonl .parquet, or these .gz; ** is recursive"
@@ -25,6 +27,8 @@ class DataConfig(Section):
         "", "its data_dir, or the folder that holds dataset_info.json (then no name is needed)"
     )
     tfds_split: str = setting("train", "the split to read, as in train[:10%]")
+    recall_tokens: int = setting(1024, "tokens of the longest text of source=recall", low=64)
+    recall_seed: int = setting(0, "of the texts of source=recall", low=0)
     limit_documents: int = setting(0, "read only the first so many documents (0 = all)", low=0)
     validation_fraction: float = setting(
         0.05, "share of the documents kept for validation, chosen by hash of the text", above=0
@@ -52,3 +56,5 @@ class DataConfig(Section):
             raise UserError("files=() is empty, but source='files' needs at least one glob")
         if self.source == "tfds" and not (self.tfds_name or self.tfds_dir):
             raise UserError("tfds_name='' is empty, but source='tfds' needs tfds_name or tfds_dir")
+        if self.source == "recall" and not self.limit_documents:
+            raise UserError("limit_documents=0, but source='recall' never ends: say how many")

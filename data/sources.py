@@ -1,4 +1,4 @@
-"""Raw documents from the standard library, from files, or from a prepared tfds dataset.
+"""Raw documents: the standard library, files, a prepared tfds dataset, or texts made here.
 
     for document in documents(DataConfig(source="files", files=("books/*.txt",))):
         print(document.id, len(document.raw))
@@ -12,6 +12,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from data import recall
 from data.config import DataConfig
 from data.document import Document
 from data.files import files, read
@@ -33,6 +34,8 @@ def documents(config: DataConfig) -> Iterator[Document]:
         found = stdlib()
     elif config.source == "files":
         found = files(config.files, config.text_field)
+    elif config.source == "recall":
+        found = recall.documents(config.recall_seed, config.recall_tokens)
     else:
         found = examples(config)
     return itertools.islice(found, config.limit_documents or None)

@@ -1,9 +1,10 @@
-"""The `decode`, `score` and `bench` sections of an experiment.
+"""The `decode`, `score`, `bench` and `recall` sections of an experiment.
 
 DecodeConfig(prompt="Once", max_tokens=64, temperature=0.8, top_p=0.95)
 """
 
 import dataclasses
+from typing import Literal
 
 from core.config import Section, Unsupported, UserError, setting
 from infer.sampling import Sampling
@@ -150,3 +151,30 @@ class BenchConfig(Weights, Form):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise UserError(f"{name}={values} names one of them twice")
+
+
+@dataclasses.dataclass(frozen=True)
+class RecallConfig(Section):
+    """What `python -m infer.recall` asks a model trained on data.source=recall."""
+
+    checkpoint: str = setting("", "a bundle; empty is the workdir")
+    step: int | None = setting(None, "of the bundle; None is the newest complete one", low=0)
+    lengths: tuple[int, ...] = setting(
+        (1024, 2048, 4096, 8192, 16384), "tokens of a text with its question and answer", low=1
+    )
+    ropes: tuple[Literal["none", "pi", "ntk", "dynamic", "yarn"], ...] = setting(
+        ("none",), "how RoPE is extended beyond model.context; each gives rows of its own"
+    )
+    factor: float = setting(16.0, "of model.context that ropes extend to", low=1)
+    records: int = setting(32, "keys in a text, at even depths", low=1)
+    asked: int = setting(8, "of them that are asked for, at even depths too", low=1)
+    samples: int = setting(16, "texts a length", low=1)
+    seed: int = setting(0, "of the texts", low=0)
+    batch_size: int = setting(8, "texts at a time, over all devices", low=1)
+    prefill_chunk: int = setting(512, "tokens of a row in one step", low=1)
+    output: str = setting("", "a JSON file; empty is WORKDIR/recall.json")
+
+    def check(self) -> None:
+        for field in ("lengths", "ropes"):
+            if not getattr(self, field):
+                raise UserError(f"{field}=() is empty: give at least one")

@@ -9,7 +9,7 @@ import pytest
 from core import checkpoint, cli
 from core.config import Experiment, UserError, freeze, from_json, sections, to_json
 from data import prepare
-from infer import bench, decode, score
+from infer import bench, decode, recall, score
 from train import pretrain
 
 FILES = sorted(p for p in Path("configs").glob("*.py") if p.name != "__init__.py")
@@ -19,6 +19,7 @@ COMMANDS = {
     "decode": decode.main,
     "score": score.main,
     "bench": bench.main,
+    "recall": recall.main,
 }
 
 

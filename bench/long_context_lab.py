@@ -1,0 +1,178 @@
+"""Trains and questions all models of configs/long_context_lab.py: docs/long-context-lab.md.
+
+    python -m bench.long_context_lab        (make lab)
+
+Models whose runs/lab-*/recall.json is there are kept: delete it to ask again, or the run to
+train again. The docs also get a picture, and all figures in a JSON file.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from core.checkpoint import write_text
+
+CONFIG = "configs/long_context_lab.py"
+SHORT = "short", "short-nsa"  # where the others begin
+KINDS = "full", "sliding", "sinks", "moba", "nsa"
+EXTENDED, TRAINED = "extended", "yarn, trained a little at 4K"
+DOCS = Path("docs")
+COMMANDS = "data.prepare", "train.pretrain", "infer.recall"
+# Okabe and Ito's palette, and a marker each: told apart by every eye, and in print.
+STYLES = {
+    "full": ("#000000", "s"),
+    "sliding": ("#0072B2", "o"),
+    "sinks": ("#56B4E9", "v"),
+    "moba": ("#D55E00", "^"),
+    "nsa": ("#009E73", "D"),
+    "none": ("#000000", "s"),
+    "pi": ("#E69F00", "o"),
+    "ntk": ("#0072B2", "v"),
+    "dynamic": ("#56B4E9", "^"),
+    "yarn": ("#009E73", "D"),
+    TRAINED: ("#CC79A7", "P"),
+}
+
+
+def main() -> None:
+    """Runs what is missing, then writes the table, the picture and the figures."""
+    for name in (*SHORT, *KINDS, EXTENDED):
+        if not (run(name) / "recall.json").is_file():
+            for command in COMMANDS:
+                print(command, name, file=sys.stderr, flush=True)
+                subprocess.run(
+                    [sys.executable, "-m", command, f"--config={CONFIG}:{name}"], check=True
+                )
+    models = {name: collect(run(name)) for name in (*SHORT, *KINDS, EXTENDED)}
+    write_text(DOCS / "long-context-lab.json", json.dumps(models, indent=1) + "\n")
+    write_text(DOCS / "long-context-lab.md", markdown(models))
+    picture(models, DOCS / "long-context-lab.png")
+
+
+def run(name: str) -> Path:
+    """The workdir of a model."""
+    return Path(f"runs/lab-{name}")
+
+
+def collect(workdir: Path) -> dict[str, Any]:
+    """What training and recall left there.
+
+    Seconds are those of all steps at the median speed, so that a pause does not count.
+    """
+    config = json.loads((workdir / "config.json").read_text())["train"]
+    lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
+    tokens = config["steps"] * config["batch_size"] * config["length"]
+    speeds = [row["tokens_per_second"] for row in lines if "tokens_per_second" in row]
+    return {
+        "steps": config["steps"],
+        "tokens": tokens,
+        "train_seconds": tokens / statistics.median(speeds),
+        "loss": next(row["eval_loss"] for row in reversed(lines) if "eval_loss" in row),
+        "rows": json.loads((workdir / "recall.json").read_text())["rows"],
+    }
+
+
+def lines_of(models: dict[str, Any], extension: bool) -> dict[str, list[dict[str, Any]]]:
+    """Rows by length for each line of a table: kinds of attention, or extensions of full."""
+    if not extension:
+        return {n: [r for r in models[n]["rows"] if r["rope"] == "none"] for n in KINDS}
+    full = models["full"]["rows"]
+    names = dict.fromkeys(row["rope"] for row in full)
+    found = {name: [row for row in full if row["rope"] == name] for name in names}
+    return found | {TRAINED: models[EXTENDED]["rows"]}
+
+
+def markdown(models: dict[str, Any]) -> str:
+    """docs/long-context-lab.md."""
+    kinds, ropes = (lines_of(models, extension) for extension in (False, True))
+    row = models["full"]["rows"][0]
+    training = [
+        f"| {name} | {m['steps']:,} | {m['tokens'] / 1e6:.1f} M | {m['train_seconds'] / 60:.1f} | "
+        f"{m['loss']:.3f} |"
+        for name, m in models.items()
+    ]
+    parts = [
+        HEAD.format(asked=row["asked"], depths=len(row["by_depth"])),
+        "## Kinds of attention",
+        table(kinds, "second layer"),
+        "## RoPE beyond the length it was trained for",
+        table(ropes, "RoPE of the full model"),
+        "## Training",
+        "| model | steps | tokens | minutes | validation loss |\n|---|---:|---:|---:|---:|\n"
+        + "\n".join(training),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(lines: dict[str, list[dict[str, Any]]], head: str) -> str:
+    """Accuracies by length, in Markdown."""
+    lengths = [row["length"] for row in next(iter(lines.values()))]
+    out = [f"| {head} | " + " | ".join(f"{n:,}" for n in lengths) + " |"]
+    out.append("|---|" + "---:|" * len(lengths))
+    for name, rows in lines.items():
+        out.append(f"| {name} | " + " | ".join(f"{row['accuracy']:.1f}" for row in rows) + " |")
+    return "\n".join(out)
+
+
+def picture(models: dict[str, Any], path: Path) -> None:
+    """Three panels: kinds by length, RoPE by length, and kinds by depth at the trained length."""
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    for panel, extension in zip(axes, (False, True), strict=False):
+        for name, rows in lines_of(models, extension).items():
+            lengths = [row["length"] for row in rows]
+            _draw(panel, name, lengths, [row["accuracy"] for row in rows])
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(lengths, [f"{n // 1024}K" for n in lengths])
+        panel.minorticks_off()
+        panel.set_xlabel("length of the text, tokens")
+    for name, rows in lines_of(models, False).items():
+        values = rows[0]["by_depth"]
+        depths = [(i + 0.5) / len(values) for i in range(len(values))]
+        _draw(axes[2], name, depths, values)
+    axes[2].set_xlabel("depth of the record: 0 is the start of the text, 1 its end")
+    titles = "Kinds of attention", "RoPE of the full model", "Kinds by depth, at 1K"
+    for panel, title in zip(axes, titles, strict=True):
+        panel.set_title(title, fontsize=11)
+        panel.set_ylim(-3, 103)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(fontsize=8, frameon=False)
+    axes[0].set_ylabel("values found, %")
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=130)
+    os.replace(temporary, path)
+
+
+def _draw(panel, name: str, x: list[float], y: list[float]) -> None:
+    colour, marker = STYLES[name]
+    panel.plot(x, y, color=colour, marker=marker, markersize=6, linewidth=1.8, label=name)
+
+
+HEAD = """\
+# The long-context lab: who finds a value by its key?
+
+Written by `make lab` (`bench/long_context_lab.py`, which trains and asks all models of
+`configs/long_context_lab.py` on CPUs); all figures are in `long-context-lab.json`.
+
+Each text holds 32 records, `VALUE key`, at even depths of RULER's noise, and ends with one of the
+keys; the model must write its value. There are 128 keys and 32 values: guessing finds 3%, or a
+little more for a model that knows which values the text has. Every accuracy is of {asked} greedy
+answers at {depths} even depths, read through the cache in chunks of 512 tokens (`infer/recall.py`).
+
+All models have two layers, of which the first sees two tokens. They learn to look for a key in
+texts of up to 128 tokens (`:short`, full attention; NSA has weights of its own and begins with
+`:short-nsa`), then each goes on with its own second layer at 1,024 tokens. Longer texts are never
+trained for, but by the last line of the second table.
+
+![](long-context-lab.png)"""
+
+
+if __name__ == "__main__":
+    main()

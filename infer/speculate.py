@@ -257,6 +257,17 @@ class Speculator:
         self._begin = jax.jit(functools.partial(begin, **engine.static), donate_argnums=(1, 2, 3))
         self._advance = jax.jit(functools.partial(advance, **how), donate_argnums=1)
 
+    @classmethod
+    def of(
+        cls, config: DecodeConfig, reader: Reader, draft: Transformer | None = None
+    ) -> "Speculator":
+        """As the `decode` section says, for the prompts of `reader`."""
+        engine, of_draft = reader.engine, None
+        if draft is not None:
+            small = Engine(draft, engine.plan, form=engine.form, programs=engine.programs)
+            of_draft = Reader(small, reader.prompts, reader.new, config.share_prefix)
+        return cls(engine, config.speculate, config.ngram, of_draft)
+
     def read(self, part: slice) -> KVCache | None:
         """The draft's cache after these prompts, if there is a draft."""
         return self.draft.read(part.start, part.stop)[0].cache if self.draft else None

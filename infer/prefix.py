@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compute_on import compute_on
 
 from infer.engine import Engine, chunk_for
 from infer.steps import Prefilled
 
+Space = jax.memory.Space
 LOOK = 8  # batches ahead of the one that is read: what they begin with is kept for them
 
 
@@ -199,8 +201,14 @@ def take(now: Prefilled, row_B: jax.Array, dims: Any) -> Prefilled:
     """Rows `row_B` of every shard of the batch: nothing crosses the mesh."""
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, now)
 
+    def pick(x: jax.Array, row_B: jax.Array, dim: int) -> jax.Array:
+        if jax.typeof(x).memory_space != Space.Host:
+            return jnp.take(x, row_B, axis=dim, mode="clip")
+        on_host = compute_on("device_host")(jax.jit(jnp.take, static_argnames=("axis", "mode")))
+        return on_host(x, jax.device_put(row_B, Space.Host), axis=dim, mode="clip")
+
     def local(now, row_B):
-        return jax.tree.map(lambda x, dim: jnp.take(x, row_B, axis=dim, mode="clip"), now, dims)
+        return jax.tree.map(lambda x, dim: pick(x, row_B, dim), now, dims)
 
     in_specs = specs, jax.typeof(row_B).sharding.spec
     return jax.shard_map(local, in_specs=in_specs, out_specs=specs)(now, row_B)

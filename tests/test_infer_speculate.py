@@ -123,6 +123,11 @@ def test_a_cache_for_texts_without_end(one_device):
     assert 0 < right < guesses
 
 
+def test_a_cache_in_the_memory_of_the_host(one_device):
+    guesses, right, _ = check(model_of("full and ring"), HOWS, form=Form(cache_host=True)).tally
+    assert 0 < right < guesses
+
+
 def test_a_row_ends_at_an_end_mark_among_guesses(one_device):
     speculator = check(model_of("full and ring"), HOWS, eos=(4, 9))
     assert speculator.tally[1] and speculator.made < sum(LIMITS)

@@ -206,11 +206,11 @@ def find_draft(config: DecodeConfig, found: Found, rows: Sequence[Row]) -> Found
     draft = load.find(config.draft, config.draft_step) if config.draft else None
     form = Form.of(config)
     asked = f"decode.speculate={config.speculate}"
-    for field in ("k_cache", "v_cache", "cache_pages"):
+    for field in ("k_cache", "v_cache"):
         value = getattr(form, field)
-        if config.speculate and value not in ("compute", 0):
+        if config.speculate and value != "compute":
             raise Unsupported(
-                f"{asked} with {field}={value}: tokens that are checked together see each other as "
+                f"{asked} with {field}={value!r}: tokens that are checked together see each other as "
                 "they were computed, and with this cache other tokens would come out than without "
                 "guesses; set one of them to its default"
             )

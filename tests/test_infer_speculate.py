@@ -221,8 +221,8 @@ def test_refused(bundles, monkeypatch):
         (dict(speculate=2, draft="nowhere"), "nowhere is no bundle"),
         (dict(speculate=2, draft=other, max_tokens=9), "has another vocabulary (320 ids, no tok"),
         (dict(speculate=2, draft=draft, max_tokens=40), "reads model.context=32 tokens, but a"),
-        (dict(speculate=2, v_cache="int8"), "decode.speculate=2 with v_cache=int8: tokens that"),
-        (dict(speculate=2, cache_pages=4), "decode.speculate=2 with cache_pages=4: tokens that"),
+        (dict(speculate=2, v_cache="int8"), "decode.speculate=2 with v_cache='int8': tokens th"),
+        (dict(speculate=2, cache_pages=4), "cache_pages=4 with speculate=2: the pages"),
     ):
         with pytest.raises(UserError) as error:
             run(bundles, **{"max_tokens": 4, **fields})

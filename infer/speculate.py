@@ -205,21 +205,12 @@ def find_draft(config: DecodeConfig, found: Found, rows: Sequence[Row]) -> Found
     """
     draft = load.find(config.draft, config.draft_step) if config.draft else None
     form = Form.of(config)
-    asked = f"decode.speculate={config.speculate}"
-    for field in ("k_cache", "v_cache"):
-        value = getattr(form, field)
-        if config.speculate and value != "compute":
-            raise Unsupported(
-                f"{asked} with {field}={value!r}: tokens that are checked together see each other as "
-                "they were computed, and with this cache other tokens would come out than without "
-                "guesses; set one of them to its default"
-            )
     for each in (found, draft):
         prefix = max((spec.prefix for spec in each.config.pattern), default=0) if each else 0
         if config.speculate and prefix > 1:
             raise Unsupported(
-                f"{asked} with kind='prefix' in {each.path}: several tokens at once must hold the "
-                f"whole prefix of {prefix}; set speculate=0"
+                f"decode.speculate={config.speculate} with kind='prefix' in {each.path}: "
+                f"several tokens at once must hold the whole prefix of {prefix}; set speculate=0"
             )
     if draft is None:
         return None

@@ -123,8 +123,9 @@ def test_a_cache_for_texts_without_end(one_device):
     assert 0 < right < guesses
 
 
-def test_a_cache_in_the_memory_of_the_host(one_device):
-    guesses, right, _ = check(model_of("full and ring"), HOWS, form=Form(cache_host=True)).tally
+@pytest.mark.parametrize("form", [Form(cache_host=True), Form(k_cache="int8", v_cache="int4")])
+def test_a_cache_in_few_bits_or_in_the_memory_of_the_host(one_device, form):
+    guesses, right, _ = check(model_of("full and ring"), HOWS, form=form).tally
     assert 0 < right < guesses
 
 
@@ -221,8 +222,6 @@ def test_refused(bundles, monkeypatch):
         (dict(speculate=2, draft="nowhere"), "nowhere is no bundle"),
         (dict(speculate=2, draft=other, max_tokens=9), "has another vocabulary (320 ids, no tok"),
         (dict(speculate=2, draft=draft, max_tokens=40), "reads model.context=32 tokens, but a"),
-        (dict(speculate=2, v_cache="int8"), "decode.speculate=2 with v_cache='int8': tokens th"),
-        (dict(speculate=2, cache_pages=4), "cache_pages=4 with speculate=2: the pages"),
     ):
         with pytest.raises(UserError) as error:
             run(bundles, **{"max_tokens": 4, **fields})

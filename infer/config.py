@@ -66,11 +66,6 @@ class DecodeConfig(Sampling, Weights, Form):
                 "count are others when several tokens are checked at once, and the text would "
                 "not be the same; set one of them to 0"
             )
-        if self.cache_host and (self.share_prefix or self.beams):
-            raise Unsupported(
-                f"cache_host=True with share_prefix={self.share_prefix} and beams={self.beams}: "
-                "rows of a cache are copied on the device alone; set both to 0"
-            )
         if self.draft and not self.speculate:
             raise UserError(
                 f"draft={self.draft!r} with speculate=0 guesses nothing: set speculate=4, say"

@@ -47,8 +47,10 @@ def main(experiment: Experiment) -> list[dict]:
     with jax.set_mesh(make_mesh(experiment.mesh)):
         mesh = experiment.mesh
         rules = prefilling(mesh.strategy, mesh.ulysses, mesh.both_ways)
-        rounding = weights.rounding(found.config, rules, config.weights, config.weights_group)
-        model = load.restore(found, rules, rounding)
+        both = [each for each in (found, found_draft) if each]
+        how = config.weights, config.weights_group
+        roundings = [weights.rounding(each.config, rules, *how) for each in both]
+        model, *draft = map(load.restore, both, [rules] * len(both), roundings)
         longest = max(len(row.prompt.tokens) for row in rows)
         length = max(len(row.prompt.tokens) + row.how.max_tokens for row in rows)
         asked, at_once = rows, min(config.batch_size, len(rows))
@@ -57,20 +59,14 @@ def main(experiment: Experiment) -> list[dict]:
             at_once = beam.at_once(config.batch_size, len(asked) // config.beams, config.beams)
         plan = Plan.of(at_once, longest, length - longest, config.prefill_chunk)
         engine = Engine(model, plan, found.tokenizer, config.top_logprobs, Form.of(config))
-        print(header(found, config, rows, rounding), file=sys.stderr, flush=True)
+        print(header(found, config, rows, roundings[0]), file=sys.stderr, flush=True)
         packed = pack([row.how for row in rows])
         show, spent = Show(rows, config.stream), Spent()
         prompts, new = zip(*((row.prompt.tokens, row.how.max_tokens) for row in asked), strict=True)
         reader = Reader(engine, prompts, new, config.share_prefix, config.prompt_logprobs)
         speculator = None
         if config.speculate:
-            draft = None
-            if found_draft:
-                small = load.restore(found_draft, rules)
-                how = dict(form=engine.form, programs=engine.programs)
-                small = Engine(small, plan, found.tokenizer, **how)
-                draft = Reader(small, prompts, new, config.share_prefix)
-            speculator = Speculator(engine, config.speculate, config.ngram, draft)
+            speculator = Speculator.of(config, reader, *draft)
         search = beam.Search(engine, config.beams, config.length_penalty) if config.beams else None
         for first in range(0, len(asked), at_once):
             part = slice(first, min(first + at_once, len(asked)))

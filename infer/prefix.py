@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compute_on import compute_on
 
 from infer.engine import Engine, chunk_for
 from infer.steps import Prefilled
 
+Space = jax.memory.Space
 LOOK = 8  # batches ahead of the one that is read: what they begin with is kept for them
 
 
@@ -49,7 +51,7 @@ class Reader:
         """
         self.engine, self.least, self.scored = engine, least, scored
         self.tokens_read = 0
-        self._prompts, self._new = prompts, new
+        self.prompts, self.new = prompts, new
         self._shards = engine.model.rules.size("batch")
         self._dims = batch_dims(engine)
         self._stems: list[Stem] = []  # each begins with the one before
@@ -73,7 +75,7 @@ class Reader:
         batch = range(first, end)
         if not self.least:
             return self._extend(self.engine, batch)
-        B, longest = self.engine.plan.batch, max(len(self._prompts[i]) for i in batch)
+        B, longest = self.engine.plan.batch, max(len(self.prompts[i]) for i in batch)
         rows, row_B = self._different(batch)
         stem = self._stem(batch, len(rows), longest)
         if stem is not None and stem.length == longest:
@@ -107,13 +109,13 @@ class Reader:
         first, end = batch[0], batch[-1] + 1
         self._stems = [stem for stem in self._stems if self._serves(stem, end)]
         # What it shares with all to come, with the next ones, and among itself.
-        soon = min(end + LOOK * (end - first), len(self._prompts))
-        lasts = len(self._prompts), *range(soon, end - 1, -1)
+        soon = min(end + LOOK * (end - first), len(self.prompts))
+        lasts = len(self.prompts), *range(soon, end - 1, -1)
         for length in dict.fromkeys(self._shared(first, last) for last in lasts):
             before = self._stems[-1] if self._stems else None
             have = before.length if before else 0
             saved = self._cost(width, longest - have) - self._cost(width, longest - length)
-            again = end < len(self._prompts) and self._shared(first, end + 1) >= length
+            again = end < len(self.prompts) and self._shared(first, end + 1) >= length
             worth = saved > self._cost(self._shards, length - have) or again
             if length - have >= self.least and worth:
                 rows = [first] * self._shards
@@ -123,11 +125,11 @@ class Reader:
 
     def _shared(self, first: int, end: int) -> int:
         """Tokens that all of the prompts first..end-1 begin with."""
-        return min([len(self._prompts[first]), *self._alike[first : end - 1]])
+        return min([len(self.prompts[first]), *self._alike[first : end - 1]])
 
     def _serves(self, stem: Stem, end: int) -> bool:
         """Whether the prompts up to end-1, if there are so many, begin with this stem."""
-        return end <= len(self._prompts) and self._shared(stem.row, end) >= stem.length
+        return end <= len(self.prompts) and self._shared(stem.row, end) >= stem.length
 
     def _cost(self, width: int, tokens: int) -> int:
         """Tokens that are computed to read so many in each of `width` rows, padding included."""
@@ -159,12 +161,11 @@ class Reader:
         end: int | None = None,
     ) -> tuple[Prefilled, list[np.ndarray]]:
         """Reads the tokens first..end-1 of these prompts, after `now`."""
-        prompts = [self._prompts[i][:end] for i in rows]
+        prompts = [self.prompts[i][:end] for i in rows]
         new = [
-            len(self._prompts[i]) + self._new[i] - len(p)
-            for i, p in zip(rows, prompts, strict=True)
+            len(self.prompts[i]) + self.new[i] - len(p) for i, p in zip(rows, prompts, strict=True)
         ]
-        self.tokens_read += sum(len(self._prompts[i][first:end]) for i in set(rows))
+        self.tokens_read += sum(len(self.prompts[i][first:end]) for i in set(rows))
         if self.scored:
             return engine.score(prompts, new, now, first)
         return engine.prefill(prompts, now, first, new), []
@@ -200,8 +201,14 @@ def take(now: Prefilled, row_B: jax.Array, dims: Any) -> Prefilled:
     """Rows `row_B` of every shard of the batch: nothing crosses the mesh."""
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, now)
 
+    def pick(x: jax.Array, row_B: jax.Array, dim: int) -> jax.Array:
+        if jax.typeof(x).memory_space != Space.Host:
+            return jnp.take(x, row_B, axis=dim, mode="clip")
+        on_host = compute_on("device_host")(jax.jit(jnp.take, static_argnames=("axis", "mode")))
+        return on_host(x, jax.device_put(row_B, Space.Host), axis=dim, mode="clip")
+
     def local(now, row_B):
-        return jax.tree.map(lambda x, dim: jnp.take(x, row_B, axis=dim, mode="clip"), now, dims)
+        return jax.tree.map(lambda x, dim: pick(x, row_B, dim), now, dims)
 
     in_specs = specs, jax.typeof(row_B).sharding.spec
     return jax.shard_map(local, in_specs=in_specs, out_specs=specs)(now, row_B)

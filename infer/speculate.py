@@ -205,21 +205,12 @@ def find_draft(config: DecodeConfig, found: Found, rows: Sequence[Row]) -> Found
     """
     draft = load.find(config.draft, config.draft_step) if config.draft else None
     form = Form.of(config)
-    asked = f"decode.speculate={config.speculate}"
-    for field in ("k_cache", "v_cache", "cache_pages"):
-        value = getattr(form, field)
-        if config.speculate and value not in ("compute", 0):
-            raise Unsupported(
-                f"{asked} with {field}={value}: tokens that are checked together see each other as "
-                "they were computed, and with this cache other tokens would come out than without "
-                "guesses; set one of them to its default"
-            )
     for each in (found, draft):
         prefix = max((spec.prefix for spec in each.config.pattern), default=0) if each else 0
         if config.speculate and prefix > 1:
             raise Unsupported(
-                f"{asked} with kind='prefix' in {each.path}: several tokens at once must hold the "
-                f"whole prefix of {prefix}; set speculate=0"
+                f"decode.speculate={config.speculate} with kind='prefix' in {each.path}: "
+                f"several tokens at once must hold the whole prefix of {prefix}; set speculate=0"
             )
     if draft is None:
         return None
@@ -256,6 +247,17 @@ class Speculator:
         how = dict(guesses=guesses, ngram=ngram, **engine.static)
         self._begin = jax.jit(functools.partial(begin, **engine.static), donate_argnums=(1, 2, 3))
         self._advance = jax.jit(functools.partial(advance, **how), donate_argnums=1)
+
+    @classmethod
+    def of(
+        cls, config: DecodeConfig, reader: Reader, draft: Transformer | None = None
+    ) -> "Speculator":
+        """As the `decode` section says, for the prompts of `reader`."""
+        engine, of_draft = reader.engine, None
+        if draft is not None:
+            small = Engine(draft, engine.plan, form=engine.form, programs=engine.programs)
+            of_draft = Reader(small, reader.prompts, reader.new, config.share_prefix)
+        return cls(engine, config.speculate, config.ngram, of_draft)
 
     def read(self, part: slice) -> KVCache | None:
         """The draft's cache after these prompts, if there is a draft."""

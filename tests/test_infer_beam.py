@@ -15,19 +15,20 @@ from infer import beam, decode, load
 from infer.beam import Search
 from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
-from model.attention.spec import sliding
+from model.attention.spec import full, sliding
+from model.cache_form import Form
 
-V = 7
+V, PLAIN = 7, Form()
 PROMPTS = [np.random.default_rng(n).integers(0, V, n).astype(np.int32) for n in (9, 1, 13, 4)]
 LIMITS = 9, 5, 6, 1
 
 
-def search(model, beams, penalty, eos=(), small=V, prompts=PROMPTS, limits=LIMITS):
+def search(model, beams, penalty, eos=(), small=V, prompts=PROMPTS, limits=LIMITS, form=PLAIN):
     """[(score, tokens, log-probabilities)] of each prompt, best first."""
     rows = [prompt for prompt in prompts for _ in range(beams)]
     engine = Engine(
         model, Plan.of(beam.at_once(99, len(prompts), beams), 13, 9, 8),
-        SimpleNamespace(eos=eos, vocab_size=small),
+        SimpleNamespace(eos=eos, vocab_size=small), form=form,
     )  # fmt: skip
     length_B, limit_B = np.ones(engine.plan.batch, int), np.zeros(engine.plan.batch, int)
     length_B[: len(rows)] = [len(row) for row in rows]
@@ -95,6 +96,13 @@ def test_on_a_mesh(sizes):
         expected = search(cases.random_model(cases.model_config(num_layers=2)), 3, 1.0, eos=(2,))
     with jax.set_mesh(make_mesh(sizes)):
         found = search(cases.random_model(cases.model_config(num_layers=2)), 3, 1.0, eos=(2,))
+    for texts, others in zip(found, expected, strict=True):
+        assert [text[1] for text in texts] == [other[1] for other in others]
+
+
+def test_rows_of_the_hosts_memory(one_device):
+    model = cases.random_model(cases.model_config(num_layers=1, pattern=(full(),)))
+    found, expected = (search(model, 3, 1.0, form=form) for form in (Form(cache_host=True), PLAIN))
     for texts, others in zip(found, expected, strict=True):
         assert [text[1] for text in texts] == [other[1] for other in others]
 

@@ -123,6 +123,12 @@ def test_a_cache_for_texts_without_end(one_device):
     assert 0 < right < guesses
 
 
+@pytest.mark.parametrize("form", [Form(cache_host=True), Form(k_cache="int8", v_cache="int4")])
+def test_a_cache_in_few_bits_or_in_the_memory_of_the_host(one_device, form):
+    guesses, right, _ = check(model_of("full and ring"), HOWS, form=form).tally
+    assert 0 < right < guesses
+
+
 def test_a_row_ends_at_an_end_mark_among_guesses(one_device):
     speculator = check(model_of("full and ring"), HOWS, eos=(4, 9))
     assert speculator.tally[1] and speculator.made < sum(LIMITS)
@@ -216,8 +222,6 @@ def test_refused(bundles, monkeypatch):
         (dict(speculate=2, draft="nowhere"), "nowhere is no bundle"),
         (dict(speculate=2, draft=other, max_tokens=9), "has another vocabulary (320 ids, no tok"),
         (dict(speculate=2, draft=draft, max_tokens=40), "reads model.context=32 tokens, but a"),
-        (dict(speculate=2, v_cache="int8"), "decode.speculate=2 with v_cache=int8: tokens that"),
-        (dict(speculate=2, cache_pages=4), "decode.speculate=2 with cache_pages=4: tokens that"),
     ):
         with pytest.raises(UserError) as error:
             run(bundles, **{"max_tokens": 4, **fields})

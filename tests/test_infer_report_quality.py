@@ -215,7 +215,7 @@ def test_batches_are_as_large_as_fit(one_device):
     (case, _) = variants.of(cases.random_model())
     config = BenchConfig(contexts=(48,), prefill_chunk=16)
     row = rows.plan(case, 48, config, None)
-    needs = {n: predict.memory(case, Plan(n, 48, 16)).total for n in (1, 2, 4, 8)}
+    needs = {n: predict.memory(case, Plan.of(n, 48, 0, 16)).total for n in (1, 2, 4, 8)}
     for size, need in needs.items():
         assert quality_steps.plan(row, config, need).batch == size
         assert quality_steps.plan(row, config, need - 1).batch == max(1, size // 2)

@@ -217,12 +217,12 @@ def quality(report: Mapping[str, Any], told: Sequence[Row]) -> list[str]:
         longest = max(positions, key=lambda row: row["context"])
         buckets = longest["quality"]["loss_by_position"]
         heads = [f"{b['first']:,} to {b['last']:,}" for b in buckets]
-        lines += ["| context | attention | " + " | ".join(heads) + " |"]
-        lines += ["|" + "---:|" * (2 + len(heads))]
+        lines += ["| context | attention | KV | " + " | ".join(heads) + " |"]
+        lines += ["|" + "---:|" * (3 + len(heads))]
         for row in positions:
             cells = [f"{b['loss']:.3f}" for b in row["quality"]["loss_by_position"]]
             cells += [""] * (len(heads) - len(cells))
-            name = f"{row['context']:,} | {row['attention']}"
+            name = f"{row['context']:,} | {row['attention']} | {row['kv']}"
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     skipped = [
         f"- {row['context']:,} tokens, {kind}: {reason}"

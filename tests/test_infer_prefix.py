@@ -126,7 +126,8 @@ FORMS = {
 @pytest.mark.parametrize("name", FORMS)
 def test_forms_of_the_cache(one_device, name):
     model = cases.random_model(cases.model_config(num_layers=1, pattern=(full(),)))
-    check(model, PROMPTS, 34, form=FORMS[name])
+    # Quest reads everything for more than 8 queries at a time, whatever chunk they are in.
+    check(model, PROMPTS, 34, chunk=16, form=FORMS[name])
 
 
 def test_the_summary_tells(tmp_path, monkeypatch, capsys):

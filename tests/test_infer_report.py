@@ -91,6 +91,15 @@ def test_kinds_of_cache_are_a_line_each(one_device):
         variants.of(cases.random_model(learned), Form(), ("stream",))
 
 
+def test_a_device_has_two_layers_of_what_the_host_keeps(one_device):
+    six = cases.random_model(dataclasses.replace(TWO, num_layers=6))
+    plain, host = (predict.create(case, 1, 40) for case in variants.of(six, Form(), ("host",)))
+    of_layer = 40 * 2 * 2 * 8 * 4  # tokens, k and v, kv heads, head dim, bytes
+    others = 40 * 4 + 4  # positions, tokens seen
+    assert predict.cache_bytes(plain) == 6 * of_layer + others
+    assert predict.cache_bytes(host) == 2 * of_layer + others
+
+
 def test_a_table_that_is_the_head_counts_once(one_device):
     """As decoding on a CPU holds it: an array a layer, the embedding under two names."""
     model = cases.random_model(TWO)

@@ -39,13 +39,24 @@ class Memory(NamedTuple):
 def memory(case: Case, plan: Plan) -> Memory:
     """What an engine of this plan holds."""
     planned = create(case, plan.batch, plan.length)
-    return Memory(device_bytes(case.model), device_bytes(planned), working_set(case.model, plan))
+    return Memory(device_bytes(case.model), cache_bytes(planned), working_set(case.model, plan))
 
 
 def create(case: Case, batch: int, length: int) -> cache.KVCache:
     """The cache as shapes."""
     sizes = case.model.config, batch, length, case.model.rules, case.form
     return jax.eval_shape(lambda: cache.create(*sizes))
+
+
+def cache_bytes(planned: cache.KVCache) -> int:
+    """Bytes of a cache on one device: of what the host keeps, two layers at a time."""
+    total, fetched = device_bytes(planned), 0
+    for slot in planned.slots:
+        if slot.host:
+            kept = device_bytes((slot.k_LBKSH, slot.v_LBKSH))
+            total -= kept
+            fetched = max(fetched, 2 * kept // slot.k_LBKSH.shape[0])
+    return total + fetched
 
 
 def device_bytes(arrays: Any) -> int:

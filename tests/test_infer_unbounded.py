@@ -58,6 +58,19 @@ def assert_reads_what_is_kept(length: int, new: int, chunk: int) -> None:
         np.testing.assert_allclose(logprobs[i], expected_V[made[i]], atol=5e-5)
 
 
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_each_token_sees_what_is_kept(one_device, chunk):
+    """Also those that come in one chunk with the sinks, and stand beyond the window."""
+    model = cases.random_model(cases.model_config(**ONE_LAYER))
+    form, tokens_T = Form(cache_window=5, cache_sinks=3), text(60)
+    engine = Engine(model, Plan(1, 64, chunk), form=form)
+    (found,) = engine.score([tokens_T])[1]
+    for end in range(1, 60):
+        kept = tokens_T[:end] if end < 8 else np.append(tokens_T[:3], tokens_T[end - 5 : end])
+        expected_V = jax.nn.log_softmax(cases.full_logits(model, kept)[-1])
+        np.testing.assert_allclose(found[end - 1], expected_V[tokens_T[end]], atol=5e-5)
+
+
 def test_twenty_thousand_tokens_read_and_made_as_what_is_kept(one_device):
     assert_reads_what_is_kept(20_000 - 16, 16, 512)
 

@@ -70,4 +70,4 @@ def tiny(config: ConfigDict) -> None:
     config.train.update(steps=10, warmup=2, batch_size=8, length=64, eval_every=0, save_every=5)
     config.train.log_every = 1
     config.decode.max_tokens = 16
-    config.bench.update(contexts=(64, 128), prefill_chunk=64)
+    config.bench.update(contexts=(128,), prefill_chunk=64, repeats=1, decode_samples=1)

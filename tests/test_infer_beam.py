@@ -79,7 +79,9 @@ def check(model, beams, penalty, eos=()):
     return lengths
 
 
-@pytest.mark.parametrize("penalty", [1.0, 0.0, -0.5, 2.0])
+@pytest.mark.parametrize(
+    "penalty", [1.0, -0.5, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.0, 2.0))]
+)
 def test_a_plain_restatement_finds_the_same(one_device, penalty):
     model = cases.random_model(cases.model_config(num_layers=2))
     assert len(check(model, 3, penalty, eos=(2, 5))) > 3  # ends came at many lengths
@@ -90,7 +92,9 @@ def test_without_end_tokens_texts_grow_to_their_limits(one_device):
     assert check(model, 4, 1.0) == set(LIMITS)
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 1)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 2), pytest.param((1, 4, 1), marks=pytest.mark.slow)], ids=str
+)
 def test_on_a_mesh(sizes):
     with jax.set_mesh(make_mesh((1, 1, 1))):
         expected = search(cases.random_model(cases.model_config(num_layers=2)), 3, 1.0, eos=(2,))

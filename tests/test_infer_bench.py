@@ -142,6 +142,7 @@ def fake(seconds):
     return measure.Measured(seconds, [(16, seconds)], 9.0, 0.1, [0.1], 8, 8, 8, None, 0.0)
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_was(bundle, tmp_path, monkeypatch):
     fields = dict(contexts=(16, 24), output=str(tmp_path))
     seen = []

@@ -65,14 +65,27 @@ PATTERNS = {
 }
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("sinks", "moba") else name
+        for name in PATTERNS
+    ],
+)
 def test_what_prompts_share_is_read_once(one_device, name):
     pattern = PATTERNS[name]
     model = cases.random_model(cases.model_config(num_layers=len(pattern), pattern=pattern))
     check(model, PROMPTS, 21 + 3 + 9 + 1)
 
 
-@pytest.mark.parametrize(("sizes", "read"), [((1, 4, 1), 34), ((2, 2, 2), 34), ((4, 1, 1), 97)])
+@pytest.mark.parametrize(
+    ("sizes", "read"),
+    [
+        pytest.param((1, 4, 1), 34, marks=pytest.mark.slow),
+        ((2, 2, 2), 34),
+        pytest.param((4, 1, 1), 97, marks=pytest.mark.slow),
+    ],
+)
 def test_on_a_mesh(sizes, read):
     """Over 4 shards of the batch every prompt has one of its own: there is nothing to gain."""
     with jax.set_mesh(make_mesh(sizes)):

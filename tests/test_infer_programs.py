@@ -118,6 +118,7 @@ def test_the_cache_is_written_in_place(slots, seq):
     assert len(checked) == 3
 
 
+@pytest.mark.slow
 def test_a_second_start_reads_what_the_first_compiled(tmp_path):
     with jax.set_mesh(make_mesh((1, 1, 1))):
         cases.save(tmp_path, cases.model_config(num_layers=2))

@@ -158,6 +158,7 @@ def test_the_mean_is_of_rulers_kinds_alone():
     assert summary["skipped"] == {"cwe": "too short"} and "loss" not in summary
 
 
+@pytest.mark.slow
 def test_the_report_tells_quality_of_the_model_as_it_is(bundle, tmp_path, monkeypatch):
     """Through the command: the loss on a text, a task, a context that is too short for it."""
     text = tmp_path / "text.txt"

@@ -81,7 +81,13 @@ def model_of(name, **fields):
     )
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("sinks", "moba") else name
+        for name in PATTERNS
+    ],
+)
 def test_right_and_wrong_ngrams_give_the_same_tokens(one_device, name):
     speculator = check(model_of(name), HOWS)
     guesses, right, steps = speculator.tally
@@ -90,7 +96,9 @@ def test_right_and_wrong_ngrams_give_the_same_tokens(one_device, name):
     assert steps + right == speculator.made - len(PROMPTS)
 
 
-@pytest.mark.parametrize("sizes", [(1, 4, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(1, 4, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=str
+)
 def test_on_a_mesh(sizes):
     """The text and a ring over seq, rows over data, heads over model."""
     with jax.set_mesh(make_mesh(sizes)):
@@ -106,6 +114,7 @@ def test_a_draft_of_the_same_weights_is_always_right(one_device):
     assert guesses == right
 
 
+@pytest.mark.slow
 def test_a_draft_of_other_weights_and_another_padded_vocabulary(one_device):
     config = cases.model_config(num_layers=1, pattern=(sliding(5),), vocab_size=300, init_scale=0.1)
     guesses, right, _ = check(
@@ -114,6 +123,7 @@ def test_a_draft_of_other_weights_and_another_padded_vocabulary(one_device):
     assert 0 < right < guesses
 
 
+@pytest.mark.slow
 def test_a_cache_for_texts_without_end(one_device):
     model = cases.random_model(cases.model_config(num_layers=1, pattern=(full(),)))
     form = Form(cache_window=6, cache_sinks=2)

@@ -145,8 +145,8 @@ def assemble(
 ) -> list[dict[str, Any]]:
     """The rows of the report; results beyond those of `tasks` are of others."""
     found = {
-        (task.of["context"], task.of["attention"], task.of["kv"]): result
-        for task, result in zip(tasks, results, strict=False)
+        (task.of["context"], task.of["attention"], task.of["kv"]): given
+        for task, given in zip(tasks, results, strict=False)
     }
     return [
         result(row, config, found.get((row.context, row.case.attention, row.case.kv)))

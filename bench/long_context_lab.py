@@ -78,19 +78,21 @@ def collect(workdir: Path) -> dict[str, Any]:
     }
 
 
-def lines_of(models: dict[str, Any], extension: bool) -> dict[str, list[dict[str, Any]]]:
-    """Rows by length for each line of a table: kinds of attention, or extensions of full."""
-    if not extension:
-        return {n: [r for r in models[n]["rows"] if r["rope"] == "none"] for n in KINDS}
-    full = models["full"]["rows"]
-    names = dict.fromkeys(row["rope"] for row in full)
-    found = {name: [row for row in full if row["rope"] == name] for name in names}
+def by_kind(models: dict[str, Any], rope: str) -> dict[str, list[dict[str, Any]]]:
+    """For each kind of attention its rows by length, with RoPE extended in this way."""
+    return {name: [r for r in models[name]["rows"] if r["rope"] == rope] for name in KINDS}
+
+
+def by_rope(models: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """For each way to extend the full model its rows by length."""
+    rows = models["full"]["rows"]
+    names = dict.fromkeys(row["rope"] for row in rows)
+    found = {name: [row for row in rows if row["rope"] == name] for name in names}
     return found | {TRAINED: models[EXTENDED]["rows"]}
 
 
 def markdown(models: dict[str, Any]) -> str:
     """docs/long-context-lab.md."""
-    kinds, ropes = (lines_of(models, extension) for extension in (False, True))
     row = models["full"]["rows"][0]
     training = [
         f"| {name} | {m['steps']:,} | {m['tokens'] / 1e6:.1f} M | {m['train_seconds'] / 60:.1f} | "
@@ -99,10 +101,12 @@ def markdown(models: dict[str, Any]) -> str:
     ]
     parts = [
         HEAD.format(asked=row["asked"], depths=len(row["by_depth"])),
-        "## Kinds of attention",
-        table(kinds, "second layer"),
-        "## RoPE beyond the length it was trained for",
-        table(ropes, "RoPE of the full model"),
+        "## Kinds of attention, RoPE extended by YaRN",
+        table(by_kind(models, "yarn"), "second layer"),
+        "## Kinds of attention, RoPE as it was trained",
+        table(by_kind(models, "none"), "second layer"),
+        "## RoPE of the full model, extended to 16 times the length",
+        table(by_rope(models), "RoPE"),
         "## Training",
         "| model | steps | tokens | minutes | validation loss |\n|---|---:|---:|---:|---:|\n"
         + "\n".join(training),
@@ -124,20 +128,20 @@ def picture(models: dict[str, Any], path: Path) -> None:
     """Three panels: kinds by length, RoPE by length, and kinds by depth at the trained length."""
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
-    for panel, extension in zip(axes, (False, True), strict=False):
-        for name, rows in lines_of(models, extension).items():
+    for panel, lines in zip(axes, (by_kind(models, "yarn"), by_rope(models)), strict=False):
+        for name, rows in lines.items():
             lengths = [row["length"] for row in rows]
             _draw(panel, name, lengths, [row["accuracy"] for row in rows])
         panel.set_xscale("log", base=2)
         panel.set_xticks(lengths, [f"{n // 1024}K" for n in lengths])
         panel.minorticks_off()
         panel.set_xlabel("length of the text, tokens")
-    for name, rows in lines_of(models, False).items():
+    for name, rows in by_kind(models, "yarn").items():
         values = rows[0]["by_depth"]
         depths = [(i + 0.5) / len(values) for i in range(len(values))]
         _draw(axes[2], name, depths, values)
     axes[2].set_xlabel("depth of the record: 0 is the start of the text, 1 its end")
-    titles = "Kinds of attention", "RoPE of the full model", "Kinds by depth, at 1K"
+    titles = "Kinds of attention, with YaRN", "RoPE of the full model", "Kinds by depth, at 1K"
     for panel, title in zip(axes, titles, strict=True):
         panel.set_title(title, fontsize=11)
         panel.set_ylim(-3, 103)
@@ -169,7 +173,10 @@ answers at {depths} even depths, read through the cache in chunks of 512 tokens 
 All models have two layers, of which the first sees two tokens. They learn to look for a key in
 texts of up to 128 tokens (`:short`, full attention; NSA has weights of its own and begins with
 `:short-nsa`), then each goes on with its own second layer at 1,024 tokens. Longer texts are never
-trained for, but by the last line of the second table.
+trained for, but in the last line of the third table: that model goes on from `full` for 60 steps
+at 4,096 tokens. Otherwise RoPE is extended without any training, always to 16 times the length:
+`pi` (arXiv 2306.15595), `ntk` (a larger base), `dynamic` (NTK by the length of each text), `yarn`
+(arXiv 2309.00071).
 
 ![](long-context-lab.png)"""
 

@@ -7,12 +7,15 @@ is sharded too, and the partial outputs are merged by log-sum-exp, each where it
 pass-Q of arXiv 2411.01783. What crosses the mesh grows with the new tokens alone.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from core.config import Unsupported
 from core.sharding import Rules
 from model.attention import blocks, decode, quest
+from model.attention.attend import heads_sharding
 from model.attention.blocks import Pair, Part
 from model.attention.decode import Shard, Stored
 from model.attention.spec import AttentionSpec, Heads, Where
@@ -47,12 +50,25 @@ def attend_cached(
         new = see_new(q_BTNH, k_BTKH, v_BTKH, heads, at, at)
         return blocks.add_sink(blocks.merge(old, new), heads)[0].astype(q_BTNH.dtype)
 
+    return over_shards(of_device, q_BTNH, k_BTKH, v_BTKH, heads, at, cache, rules)
+
+
+def over_shards(
+    of_device: Callable[..., jax.Array],
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    heads: Heads,
+    at: Where,
+    cache: Stored,
+    rules: Rules,
+) -> jax.Array:
+    """out [B, T, N, H] of `of_device`, which each device calls with its own of the arrays."""
     q_spec = rules("batch", "length", "act_heads", None)
     kv_spec = rules("batch", "length", "act_kv_heads", None)
     at_spec = Where(rules("batch", "length"), rules("batch", "length"))
-    heads_spec = jax.tree.map(lambda _: rules("act_heads"), heads)
-    in_specs = q_spec, kv_spec, kv_spec, heads_spec, at_spec, cache.sharding(rules)
-    return jax.shard_map(of_device, in_specs=in_specs, out_specs=q_spec)(
+    in_specs = q_spec, kv_spec, kv_spec, heads_sharding(heads, rules), at_spec
+    return jax.shard_map(of_device, in_specs=(*in_specs, cache.sharding(rules)), out_specs=q_spec)(
         q_BTNH, k_BTKH, v_BTKH, heads, at, cache
     )
 

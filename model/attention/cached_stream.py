@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from core.sharding import Rules
 from model import rope
 from model.attention import blocks, quantised, reference
-from model.attention.attend import heads_sharding
 from model.attention.blocks import Part
-from model.attention.cached import see_old
+from model.attention.cached import over_shards, see_old
 from model.attention.decode import Shard, Stored
 from model.attention.spec import AttentionSpec, Heads, Mask, Where, sliding
 from model.attention.strategies import Call
@@ -51,13 +50,7 @@ def stream_cached(
         part = blocks.merge(blocks.merge(*parts[:2]), parts[2])
         return blocks.add_sink(part, heads)[0].astype(q_BTNH.dtype)
 
-    q_spec = rules("batch", "length", "act_heads", None)
-    kv_spec = rules("batch", "length", "act_kv_heads", None)
-    at_spec = Where(rules("batch", "length"), rules("batch", "length"))
-    in_specs = q_spec, kv_spec, kv_spec, heads_sharding(heads, rules), at_spec
-    return jax.shard_map(of_device, in_specs=(*in_specs, cache.sharding(rules)), out_specs=q_spec)(
-        q_BTNH, k_BTKH, v_BTKH, heads, at, cache
-    )
+    return over_shards(of_device, q_BTNH, k_BTKH, v_BTKH, heads, at, cache, rules)
 
 
 def _without(cache: Stored, sinks: int) -> Stored:

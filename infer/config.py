@@ -13,6 +13,16 @@ from model.weights import Kind
 
 
 @dataclasses.dataclass(frozen=True)
+class Rows(Section):
+    """Rows of tokens through a bundle's model."""
+
+    checkpoint: str = setting("", "a bundle; empty is the workdir")
+    step: int | None = setting(None, "of the bundle; None is the newest complete one", low=0)
+    batch_size: int = setting(8, "rows at a time, over all devices", low=1)
+    prefill_chunk: int = setting(512, "tokens of a row in one step", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Weights(Section):
     """How the weights are held."""
 
@@ -26,11 +36,9 @@ class Weights(Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class DecodeConfig(Sampling, Weights, Form):
+class DecodeConfig(Rows, Sampling, Weights, Form):
     """What `python -m infer.decode` continues, and how."""
 
-    checkpoint: str = setting("", "a bundle; empty is the workdir")
-    step: int | None = setting(None, "of the bundle; None is the newest complete one", low=0)
     prompt: str = setting("", "one text; with no prompts either, a document from its start")
     prompts: str = setting(
         "",
@@ -41,8 +49,6 @@ class DecodeConfig(Sampling, Weights, Form):
     prompt_logprobs: bool = setting(False, "give those of the prompt's tokens")
     stream: bool = setting(True, "show text as it comes, not when its row has ended")
     output: str = setting("", "a JSON lines file of the results")
-    batch_size: int = setting(8, "rows at a time, over all devices", low=1)
-    prefill_chunk: int = setting(512, "prompt tokens of a row in one step", low=1)
     share_prefix: int = setting(
         64, "a beginning of so many tokens that prompts share is read once; 0 is never", low=0
     )
@@ -75,23 +81,18 @@ class DecodeConfig(Sampling, Weights, Form):
 
 
 @dataclasses.dataclass(frozen=True)
-class ScoreConfig(Weights, Form):
+class ScoreConfig(Rows, Weights, Form):
     """What `python -m infer.score` reads."""
 
-    checkpoint: str = setting("", "a bundle; empty is the workdir")
-    step: int | None = setting(None, "of the bundle; None is the newest complete one", low=0)
     input: str = setting("", "a .jsonl (text or tokens), a .txt (a text a line), - for stdin")
     output: str = setting("", "a JSON lines file of the results")
-    batch_size: int = setting(8, "rows at a time, over all devices", low=1)
-    prefill_chunk: int = setting(512, "tokens of a row in one step", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchConfig(Weights, Form):
+class BenchConfig(Rows, Weights, Form):
     """The context-window report of `python -m infer.bench`."""
 
     checkpoint: str = setting("", "a bundle; empty is the workdir, or random weights")
-    step: int | None = setting(None, "of the bundle; None is the newest complete one", low=0)
     contexts: tuple[int, ...] = setting(
         (),
         "tokens before the decoded ones; () is 1K, 2K, 4K ... up to what fits",
@@ -105,7 +106,6 @@ class BenchConfig(Weights, Form):
     )
     beyond: bool = setting(False, "measure contexts longer than model.context too")
     batch_size: int = setting(1, "rows at a time, over all devices", low=1)
-    prefill_chunk: int = setting(512, "tokens of a row in one step", low=1)
     repeats: int = setting(3, "timed calls of 8 decoded tokens; the median counts", low=1)
     decode_samples: int = setting(
         100, "single tokens timed one by one; the 99th percentile needs 100", low=1
@@ -149,11 +149,9 @@ class BenchConfig(Weights, Form):
 
 
 @dataclasses.dataclass(frozen=True)
-class RecallConfig(Section):
+class RecallConfig(Rows):
     """What `python -m infer.recall` asks a model trained on data.source=recall."""
 
-    checkpoint: str = setting("", "a bundle; empty is the workdir")
-    step: int | None = setting(None, "of the bundle; None is the newest complete one", low=0)
     lengths: tuple[int, ...] = setting(
         (1024, 2048, 4096, 8192, 16384), "tokens of a text with its question and answer", low=1
     )
@@ -165,8 +163,6 @@ class RecallConfig(Section):
     asked: int = setting(8, "of them that are asked for, at even depths too", low=1)
     samples: int = setting(16, "texts a length", low=1)
     seed: int = setting(0, "of the texts", low=0)
-    batch_size: int = setting(8, "texts at a time, over all devices", low=1)
-    prefill_chunk: int = setting(512, "tokens of a row in one step", low=1)
     output: str = setting("", "a JSON file; empty is WORKDIR/recall.json")
 
     def check(self) -> None:

@@ -44,6 +44,7 @@ lint: setup
 bench: setup
 	$(BIN)/python -m bench.train
 	$(BIN)/python -m bench.attention
+	$(BIN)/python -m bench.decode --batches=1
 
 lab: setup
 	$(BIN)/python -m bench.long_context_lab

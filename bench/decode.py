@@ -21,8 +21,9 @@ from bench.turns import Worker
 
 WIDTH, LAYERS, HEADS, MLP, VOCAB = 768, 12, 12, 2048, 32000
 WEIGHTS = LAYERS * (4 * WIDTH * WIDTH + 3 * WIDTH * MLP) + VOCAB * WIDTH  # head and table are one
-TOKENS = 16  # a round
-ROOM = 1024  # tokens behind the context that caches have room for
+INT4 = 1 - (1 - 33 / 64) * (1 - VOCAB * WIDTH / WEIGHTS)  # bytes; tables are int8
+TOKENS = 32  # a round
+ROOM = 256  # tokens behind the context that caches have room for
 LLAMA_LONGEST = 8192  # llama.cpp has to read its context
 MEMORY = 5e9  # bytes of one cache: four of them are there at a time
 
@@ -43,6 +44,8 @@ PEERS = {
     ),
     "bfloat16": (
         Peer("ours", "bench.decode_ours", "bfloat16", 2, 2),
+        Peer("ours int8", "bench.decode_ours", "int8", 1, 2),
+        Peer("ours int4", "bench.decode_ours", "int4", INT4, 2),
         Peer("hf dynamic", "bench.decode_hf", "dynamic", 2, 2),
         Peer("hf static", "bench.decode_hf", "static", 2, 2),
         Peer("llama f16", "bench.decode_llama", "f16", 2, 2),

@@ -16,7 +16,7 @@ from infer import load
 from infer.engine import Engine, Plan
 from infer.sampling import Sampling, pack
 from infer.steps import STEPS
-from model import transformer
+from model import transformer, weights
 from model.cache import KVCache
 from model.config import ModelConfig
 
@@ -46,10 +46,12 @@ def filled(cache: KVCache, context: int) -> KVCache:
 
 
 @functools.cache
-def program(dtype: str, batch: int, context: int) -> Callable[[], None]:
-    """A call that makes TOKENS tokens more in each row."""
+def program(dtype: str, batch: int, context: int, implementation: str = "") -> Callable[[], None]:
+    """A call that makes TOKENS tokens more in each row; `implementation` may be int8 or int4."""
     config, rules = model_config(dtype), sharding.prefilling()
-    model = load.held(transformer.create(config, rules, jax.random.key(0)))
+    numbers = implementation if implementation in weights.BITS else "compute"
+    form = weights.rounding(config, rules, numbers, group=None)
+    model = load.held(transformer.create(config, rules, jax.random.key(0)), form)
     engine = Engine(model, Plan(batch, context + bench.ROOM, 16, bench.ROOM))
     now = engine.empty()
     kv = jax.jit(functools.partial(filled, context=context), donate_argnums=0)(now.cache)
@@ -68,7 +70,7 @@ def program(dtype: str, batch: int, context: int) -> Callable[[], None]:
 
 
 def main() -> None:
-    turns.serve(lambda task: program(task["dtype"], task["batch"], task["context"])())
+    turns.serve(lambda task: program(**task)())
 
 
 if __name__ == "__main__":

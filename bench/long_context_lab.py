@@ -126,7 +126,7 @@ def table(lines: dict[str, list[dict[str, Any]]], head: str) -> str:
 
 def picture(models: dict[str, Any], path: Path) -> None:
     """Three panels: kinds by length, RoPE by length, and kinds by depth at the trained length."""
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    figure = Figure(figsize=(15, 5), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     for panel, lines in zip(axes, (by_kind(models, "yarn"), by_rope(models)), strict=False):
         for name, rows in lines.items():
@@ -147,7 +147,9 @@ def picture(models: dict[str, Any], path: Path) -> None:
         panel.set_ylim(-3, 103)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(fontsize=8, frameon=False)
+        panel.legend(
+            fontsize=9, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14)
+        )
     axes[0].set_ylabel("values found, %")
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, format="png", dpi=130)

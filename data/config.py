@@ -28,6 +28,7 @@ class DataConfig(Section):
     )
     tfds_split: str = setting("train", "the split to read, as in train[:10%]")
     recall_tokens: int = setting(1024, "tokens of the longest text of source=recall", low=64)
+    recall_shortest: int = setting(64, "tokens of its shortest text, or a few less", low=64)
     recall_seed: int = setting(0, "of the texts of source=recall", low=0)
     limit_documents: int = setting(0, "read only the first so many documents (0 = all)", low=0)
     validation_fraction: float = setting(
@@ -56,5 +57,10 @@ class DataConfig(Section):
             raise UserError("files=() is empty, but source='files' needs at least one glob")
         if self.source == "tfds" and not (self.tfds_name or self.tfds_dir):
             raise UserError("tfds_name='' is empty, but source='tfds' needs tfds_name or tfds_dir")
+        if self.recall_shortest > self.recall_tokens:
+            raise UserError(
+                f"recall_shortest={self.recall_shortest} with recall_tokens={self.recall_tokens}: "
+                "the shortest text can be no longer than the longest"
+            )
         if self.source == "recall" and not self.limit_documents:
             raise UserError("limit_documents=0, but source='recall' never ends: say how many")

@@ -32,7 +32,6 @@ FILLER = (
 )
 KEYS, VALUES = 128, 32
 RECORD = 3  # tokens: value, key, line end
-SHORTEST = 64  # tokens of a document
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +53,15 @@ KEY = pairs(string.ascii_lowercase, KEYS)
 VALUE = pairs(string.ascii_uppercase, VALUES)
 
 
-def documents(seed: int, tokens: int) -> Iterator[Document]:
-    """Endless documents of SHORTEST to `tokens` tokens; each doubling has as many tokens.
+def documents(seed: int, shortest: int, longest: int) -> Iterator[Document]:
+    """Endless documents of `shortest` to `longest` tokens; each doubling has as many tokens.
 
     Short ones teach to look back for a key at all, long ones from how far.
     """
     index = 0
     while True:
         part = random.Random(f"length {seed} {index}").random()
-        size = int(1 / (1 / SHORTEST - part * (1 / SHORTEST - 1 / tokens)))
+        size = int(1 / (1 / shortest - part * (1 / shortest - 1 / longest)))
         yield Document(f"recall {seed} {index}", document(seed, index, size).encode())
         index += 1
 

@@ -35,7 +35,7 @@ def documents(config: DataConfig) -> Iterator[Document]:
     elif config.source == "files":
         found = files(config.files, config.text_field)
     elif config.source == "recall":
-        found = recall.documents(config.recall_seed, config.recall_tokens)
+        found = recall.documents(config.recall_seed, config.recall_shortest, config.recall_tokens)
     else:
         found = examples(config)
     return itertools.islice(found, config.limit_documents or None)

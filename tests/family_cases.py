@@ -14,6 +14,7 @@ from golden.weights import values
 
 from infer import steps
 from infer.engine import Engine, Plan
+from model.cache import PLAIN
 
 FOLDER = Path(__file__).parent / "golden"
 PROMPT = 24
@@ -54,10 +55,10 @@ def write(name: str, folder: Path) -> Path:
     return directory
 
 
-def through_the_cache(model, tokens) -> np.ndarray:
+def through_the_cache(model, tokens, form=PLAIN) -> np.ndarray:
     """Logits [B, new + 1, V] of the last token of the prompt, read in chunks, and of the new."""
     B, T = tokens.shape
-    engine = Engine(model, Plan.of(B, PROMPT, T - PROMPT, 8))
+    engine = Engine(model, Plan.of(B, PROMPT, T - PROMPT, 8), form=form)
     length_B = engine.place(np.full(B, T, np.int32))
 
     @jax.jit

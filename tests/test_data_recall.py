@@ -75,11 +75,16 @@ def test_documents_depend_on_the_seed_alone_and_differ():
 
 def test_each_doubling_of_the_length_has_as_many_tokens():
     shares = dict.fromkeys(range(6, 10), 0)
-    for document in itertools.islice(recall.documents(0, 1024), 8000):
+    for document in itertools.islice(recall.documents(0, 64, 1024), 8000):
         size = tokens(document.raw.decode()) + 2  # a line less is missing at the end
         shares[max(6, min(size.bit_length() - 1, 9))] += size
     total = sum(shares.values())
     assert all(0.19 < share / total < 0.31 for share in shares.values()), shares
+
+
+def test_texts_are_not_shorter_than_asked():
+    sizes = [tokens(d.raw.decode()) for d in itertools.islice(recall.documents(0, 200, 300), 200)]
+    assert min(sizes) > 200 - 10 and max(sizes) <= 300  # a line that does not fit is left out
 
 
 @pytest.mark.parametrize("size", [141, 142, 143, 500, 1021])
@@ -114,6 +119,11 @@ def test_asked_records_stand_at_their_depths_and_are_the_same_at_every_length():
 def test_a_quiz_that_cannot_be_is_refused(change, message):
     with pytest.raises(UserError, match=message):
         recall.question(**dict(seed=0, index=0, tokens=500, records=32, asked=8) | change)
+
+
+def test_the_shortest_is_no_longer_than_the_longest():
+    with pytest.raises(UserError, match="recall_shortest=600 with recall_tokens=500"):
+        DataConfig(source="recall", recall_tokens=500, recall_shortest=600, limit_documents=5)
 
 
 def test_never_ending_documents_need_a_number():

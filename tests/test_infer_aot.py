@@ -105,7 +105,7 @@ def _in_order(computation):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("name", ["extend", "advance"])
+@pytest.mark.parametrize("name", [pytest.param("extend", marks=pytest.mark.slow), "advance"])
 def test_a_tpu_makes_no_float_weight(name, kind):
     """None of a whole layer: a matrix as bfloat16 would be more than all temporaries are."""
     sizes = dict(embed_dim=2048, mlp_dim=131_072, num_heads=8)  # more than its vector memory

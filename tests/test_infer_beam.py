@@ -104,6 +104,7 @@ def test_on_a_mesh(sizes):
         assert [text[1] for text in texts] == [other[1] for other in others]
 
 
+@pytest.mark.slow
 def test_rows_of_the_hosts_memory(one_device):
     model = cases.random_model(cases.model_config(num_layers=1, pattern=(full(),)))
     found, expected = (search(model, 3, 1.0, form=form) for form in (Form(cache_host=True), PLAIN))

@@ -21,7 +21,7 @@ def placed(config):
     return cast, layout.place(config, rules, tree.named_leaves(cast))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 @pytest.mark.parametrize("tied_head", [True, False])
 def test_the_model_is_the_same(one_device, dtype, tied_head):
     # Three slots of the pattern over eight layers: two are left over.

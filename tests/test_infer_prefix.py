@@ -68,7 +68,7 @@ PATTERNS = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("sinks", "moba") else name
+        pytest.param(name, marks=pytest.mark.slow) if name in ("sinks", "moba", "nsa") else name
         for name in PATTERNS
     ],
 )
@@ -93,6 +93,7 @@ def test_on_a_mesh(sizes, read):
         check(model, PROMPTS, read, chunk=8)
 
 
+@pytest.mark.slow
 def test_samples_of_prompts_in_several_batches(one_device):
     """The first batch has one of them, the second both."""
     model = cases.random_model(cases.model_config(num_layers=2))
@@ -113,6 +114,7 @@ def test_little_in_common_is_not_worth_it(one_device):
     check(model, PROMPTS, 97, least=22, scored=False)
 
 
+@pytest.mark.slow
 def test_rope_that_goes_by_the_length_of_the_text(one_device):
     """Beginnings of texts of other lengths have other keys; samples of one prompt have the same."""
     rope = Rope(scaling="dynamic", factor=4.0, original=16)
@@ -121,6 +123,7 @@ def test_rope_that_goes_by_the_length_of_the_text(one_device):
     check(model, [PROMPTS[0]] * 4, 24, scored=False)
 
 
+@pytest.mark.slow
 def test_a_bidirectional_prefix_is_not_cut(one_device):
     """Its tokens see each other: the shared ones see what is not shared."""
     model = cases.random_model(cases.model_config(num_layers=1, pattern=(prefix(23),)))
@@ -136,6 +139,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_forms_of_the_cache(one_device, name):
     model = cases.random_model(cases.model_config(num_layers=1, pattern=(full(),)))
@@ -143,6 +147,7 @@ def test_forms_of_the_cache(one_device, name):
     check(model, PROMPTS, 34, chunk=16, form=FORMS[name])
 
 
+@pytest.mark.slow
 def test_the_summary_tells(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(decode, "make_mesh", lambda _: make_mesh((1, 1, 1)))
     with jax.set_mesh(make_mesh((1, 1, 1))):

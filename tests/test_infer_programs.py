@@ -88,7 +88,7 @@ def test_the_next_call_is_under_way_while_one_is_shown():
 SLOTS = {"full": (full(),), "ring": (sliding(WINDOW),), "both": (full(), sliding(WINDOW))}
 
 
-@pytest.mark.parametrize("seq", [1, 2])
+@pytest.mark.parametrize("seq", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("slots", SLOTS)
 def test_the_cache_is_written_in_place(slots, seq):
     """Every byte of it that a device holds is aliased, and nothing of its size is beside it."""

@@ -55,6 +55,7 @@ def assert_stands_for_its_numbers(name, kind, sizes, folder):
         assert np.abs(found - exact).mean() < 0.05 * np.abs(exact).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, kind", FAMILIES)
 def test_families_decode_as_the_numbers_do(name, kind, folder):
     assert_stands_for_its_numbers(name, kind, ONE, folder)

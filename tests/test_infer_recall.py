@@ -44,7 +44,7 @@ def greedy_answers(model, vocabulary, length, config=CONFIG):
     return np.array(tokens), asked[..., 1]
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 1)])
+@pytest.mark.parametrize("sizes", [pytest.param((1, 1, 1), marks=pytest.mark.slow), (2, 2, 1)])
 def test_answers_are_those_of_the_full_forward(vocabulary, sizes, monkeypatch):
     """Samples do not fill the last batch, chunks do not divide the texts, the window wraps."""
     with jax.set_mesh(make_mesh((1, 1, 1))):

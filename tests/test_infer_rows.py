@@ -71,6 +71,7 @@ def generate(model, which, packed=None, hows=HOWS, eos=EOS):
     return [[field[b, : ended[b]].tolist() for field in fields] for b in range(len(which))]
 
 
+@pytest.mark.slow
 def test_a_row_is_the_same_bit_for_bit_whatever_else_is_in_its_batch(one_device):
     model = cases.random_model(TWO_LAYERS)
     together = generate(model, range(6))
@@ -84,6 +85,7 @@ def test_a_row_is_the_same_bit_for_bit_whatever_else_is_in_its_batch(one_device)
     assert generate(model, [3, 1], pack(HOWS)) == [together[3], together[1]]
 
 
+@pytest.mark.slow
 def test_a_mesh_decodes_as_one_device():
     made = {}
     for sizes in ((1, 1, 1), (2, 2, 2)):
@@ -163,6 +165,7 @@ def test_every_setting_of_a_line_counts(bundle, tmp_path):
     assert section.how == expected
 
 
+@pytest.mark.slow
 def test_logprobs_are_those_of_the_model_whatever_the_settings(bundle, tmp_path):
     given = [{"text": "the cat sat"}, {"tokens": [1, 40, 2, 40]}, {"tokens": [40]}]
     path = cases.write_jsonl(tmp_path / "in.jsonl", given)

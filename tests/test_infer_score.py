@@ -32,7 +32,14 @@ def run(bundle, monkeypatch, sizes=(1, 1, 1), strategy="auto", **fields):
     return score.main(cases.experiment(bundle, score=ScoreConfig(**fields), mesh=mesh))
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2), (2, 2, 2), (1, 4, 1)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 1, 1),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in [(2, 1, 2), (1, 4, 1)]),
+        (2, 2, 2),
+    ],
+)
 def test_scores_are_those_of_the_full_forward(bundle, tmp_path, monkeypatch, capsys, sizes):
     rng = np.random.default_rng(0)
     rows = [{"tokens": rng.integers(0, 290, n).tolist()} for n in (30, 1, 17)]

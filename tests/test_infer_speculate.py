@@ -84,7 +84,7 @@ def model_of(name, **fields):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("sinks", "moba") else name
+        pytest.param(name, marks=pytest.mark.slow) if name in ("sinks", "moba", "nsa") else name
         for name in PATTERNS
     ],
 )
@@ -133,17 +133,20 @@ def test_a_cache_for_texts_without_end(one_device):
     assert 0 < right < guesses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [Form(cache_host=True), Form(k_cache="int8", v_cache="int4")])
 def test_a_cache_in_few_bits_or_in_the_memory_of_the_host(one_device, form):
     guesses, right, _ = check(model_of("full and ring"), HOWS, form=form).tally
     assert 0 < right < guesses
 
 
+@pytest.mark.slow
 def test_a_row_ends_at_an_end_mark_among_guesses(one_device):
     speculator = check(model_of("full and ring"), HOWS, eos=(4, 9))
     assert speculator.tally[1] and speculator.made < sum(LIMITS)
 
 
+@pytest.mark.slow
 def test_ngrams_against_a_restatement(one_device):
     def slow(text, num, ngram):
         for size in range(min(ngram, len(text) - 1), 0, -1):

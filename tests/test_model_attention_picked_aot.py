@@ -47,7 +47,10 @@ def kernels(topology, M, K, block, softcap=0.0, alibi=False, T=256, H=128, dtype
 BOTH = ["picked_backward", "picked_forward"]
 
 
-@pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1"])
+@pytest.mark.parametrize(
+    "topology",
+    ["v5e:1x1", *(pytest.param(x, marks=pytest.mark.slow) for x in ("v5p:1x1x1", "v6e:1x1"))],
+)
 def test_each_chip_has_a_program(topology):
     assert kernels(topology, **NSA) == BOTH
 

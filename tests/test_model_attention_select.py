@@ -94,10 +94,10 @@ SHARDED = [
     over(MOBA, "allgather", 1, 3, 1),
     over(MOBA, "ulysses", 1, 4, 1),
     over(NSA, "ring", 2, 2, 2),
-    over(NSA, "allgather", 1, 8, 1),
     How(MOBA, "on_tpu", "ring", (1, 2, 2)),
 ]
 MORE = [
+    over(NSA, "allgather", 1, 8, 1),
     over(NSA, "ulysses", 1, 2, 1),
     over(NSA, "ring", 1, 4, 1, ulysses=2),
     over(WIDE, "ring", 1, 3, 1),
@@ -250,7 +250,7 @@ def test_moba_of_all_blocks_is_full_attention():
         assert_close(a, b, "attention", what=name)
 
 
-@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize("shards", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_work_grows_with_the_blocks_chosen(monkeypatch, shards):
     """Tiles that run: one for 8 pairs of a block, or for what is left of them, on its shard."""
     count = 0

@@ -12,6 +12,7 @@ from model.attention.spec import AttentionSpec, Where
 NSA = spec.nsa(block=4, top=4, window=5, compress=4, step=2, softcap=3.0)
 
 
+@pytest.mark.slow
 def test_slots_hold_every_whole_block_once():
     draw = np.random.default_rng(0)
     for size, step in ((4, 4), (4, 2), (9, 3), (1, 1)):

@@ -213,7 +213,7 @@ def test_packed_documents_are_as_alone(one_device):
         (SMALL, (1, 2, 4), [6]),
         (CONFIG, (2, 2, 2), [4, 24, 4]),
         (KINDS, (1, 4, 2), [4 + 4, 8, 24, 24]),
-        (CHOOSING, (1, 4, 2), [24, 24]),
+        pytest.param(CHOOSING, (1, 4, 2), [24, 24], marks=pytest.mark.slow),
     ],
     ids=["more-shards-than-kv-heads", "all-sharded", "every-kind", "choosing"],
 )

@@ -75,7 +75,12 @@ def test_report_of_a_sharded_step(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "topology"), [("chunked", "v5e:2x2"), ("auto", "v5e:2x2"), ("chunked", "v5e:8x8")]
+    ("kernel", "topology"),
+    [
+        ("auto", "v5e:2x2"),
+        pytest.param("chunked", "v5e:2x2", marks=pytest.mark.slow),
+        pytest.param("chunked", "v5e:8x8", marks=pytest.mark.slow),
+    ],
 )
 def test_the_ring_sends_while_the_kernel_works(tmp_path, capsys, monkeypatch, kernel, topology):
     """Between start and done of a send stands the conditional that holds the kernel.

@@ -96,7 +96,9 @@ def test_killed_run_goes_on_bit_for_bit(tmp_path, prepared, finished):
     assert rows(workdir, "eval_loss") == rows(finished, "eval_loss")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_signal_saves_and_the_next_run_goes_on(
     tmp_path, monkeypatch, capsys, prepared, finished, number
 ):
@@ -201,6 +203,7 @@ def test_goes_on_on_another_mesh(tmp_path, monkeypatch, finished, sizes):
         assert found[step] == pytest.approx(expected[step], rel=1e-5), step
 
 
+@pytest.mark.slow
 def test_goes_on_around_a_ring_in_another_order(tmp_path, monkeypatch, finished):
     workdir = cut_back(finished, tmp_path / "run", 8)
     orders = []
@@ -217,7 +220,10 @@ def test_goes_on_around_a_ring_in_another_order(tmp_path, monkeypatch, finished)
     assert all((steps > 1).any() for steps in orders), "the rows were not permuted"
 
 
-@pytest.mark.parametrize("spoil", ["truncate", "remove", "unseal"])
+@pytest.mark.parametrize(
+    "spoil",
+    ["truncate", *(pytest.param(name, marks=pytest.mark.slow) for name in ("remove", "unseal"))],
+)
 def test_incomplete_newest_step(tmp_path, monkeypatch, capsys, finished, spoil):
     workdir = copy(finished, tmp_path / "run")
     largest = max((workdir / "12").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)

@@ -121,6 +121,7 @@ def test_an_older_step_in_another_dtype_on_another_mesh(tmp_path, prepared, fini
             np.testing.assert_array_equal(x, expected[name].astype("bfloat16"))
 
 
+@pytest.mark.slow
 def test_what_differs_in_meaning_is_told(tmp_path, monkeypatch, capsys, prepared, finished):
     longer = dict(
         context=128,

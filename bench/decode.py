@@ -2,14 +2,15 @@
 
     python -m bench.decode [--hf_python=PATH] [--llama_python=PATH] [--contexts=128,2048,8192,32768]
 
-A LLaMA of 110 M parameters with random weights, greedy. Peers: `generate` of transformers with its
-dynamic and its static cache (`pip install torch transformers`, here or in the environment of
---hf_python), and llama.cpp with its cache in float16 (`pip install llama-cpp-python gguf`, at
---llama_python; nothing runs it if that is not given). Each works in a process of its own; a round
-is 16 tokens of each, in turns, and medians count. Caches are filled without reading a text, except
-llama.cpp's, which reads up to 8192 tokens. Beside milliseconds a token (of every row): the bytes of
-weights, in the dtype that is named, and of the keys and values that a token needs, over that time,
-as a share of what the machine reads from memory.
+A LLaMA of 110 M parameters with random weights, greedy; beside bfloat16 ours is there with weights
+of int8 and int4 too. Peers: `generate` of transformers with its dynamic and its static cache (`pip
+install torch transformers`, here or in the environment of --hf_python), and llama.cpp with its
+cache in float16 (`pip install llama-cpp-python gguf`, at --llama_python; nothing runs it if that is
+not given). Each works in a process of its own; a round is 32 tokens of each, in turns, and medians
+count. Caches are filled without reading a text, except llama.cpp's, which reads up to 8192 tokens.
+Beside milliseconds a token (of every row): the bytes of weights, in the dtype that is named, and of
+the keys and values that a token needs, over that time, as a share of what the machine reads from
+memory.
 """
 
 import argparse

@@ -174,11 +174,11 @@ answers at {depths} even depths, read through the cache in chunks of 512 tokens 
 
 All models have two layers, of which the first sees two tokens. They learn to look for a key in
 texts of up to 128 tokens (`:short`, full attention; NSA has weights of its own and begins with
-`:short-nsa`), then each goes on with its own second layer at 1,024 tokens. Longer texts are never
-trained for, but in the last line of the third table: that model goes on from `full` for 60 steps
-at 4,096 tokens. Otherwise RoPE is extended without any training, always to 16 times the length:
-`pi` (arXiv 2306.15595), `ntk` (a larger base), `dynamic` (NTK by the length of each text), `yarn`
-(arXiv 2309.00071).
+`:short-nsa`), then each goes on with its own second layer in texts of 511 to 1,022 tokens. Longer
+ones are never trained for, but in the last line of the third table: that model goes on from `full`
+for 60 steps at 4,096 tokens. Otherwise RoPE is extended without any training, always to 16 times
+the length: `pi` (arXiv 2306.15595), `ntk` (a larger base), `dynamic` (NTK by the length of each
+text), `yarn` (arXiv 2309.00071).
 
 ![](long-context-lab.png)"""
 

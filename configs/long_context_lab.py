@@ -26,7 +26,7 @@ from train.config import TrainConfig
 
 LENGTH, FACTOR = 1024, 16  # tokens that models are trained for, and times as many to ask at
 BASE = 100_000.0  # with 10,000 a text of 1024 is too long after so few steps
-# The second layer. In all models the first one sees four tokens: enough to tie a value to the key
+# The second layer. In all models the first one sees two tokens: enough to tie a key to the value
 # before it, and the same at every length, so that only the search for the key is put to the test.
 SHORT = "short", "short-nsa"
 KINDS = {

@@ -95,6 +95,12 @@ def compile_only():
 
 
 @pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Where `family_cases.opened` writes checkpoints, each once."""
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
     """A workdir with the prepared data of `train_cases.experiment`. Copy it before you train."""
     folder = tmp_path_factory.mktemp("prepared")

@@ -12,9 +12,12 @@ import numpy as np
 import safetensors.numpy
 from golden.weights import values
 
+from core.sharding import Rules
 from infer import steps
 from infer.engine import Engine, Plan
+from model import hf_import
 from model.cache import PLAIN
+from model.transformer import Transformer
 
 FOLDER = Path(__file__).parent / "golden"
 PROMPT = 24
@@ -53,6 +56,14 @@ def write(name: str, folder: Path) -> Path:
     (directory / "config.json").write_text(json.dumps(golden(name).config))
     safetensors.numpy.save_file(weights(name), directory / "model.safetensors")
     return directory
+
+
+def opened(name: str, folder: Path, rules: Rules, **fields) -> Transformer:
+    """The model of a case in float32, on the mesh in use; its checkpoint is written once."""
+    directory = folder / name
+    if not directory.exists():
+        write(name, folder)
+    return hf_import.load(directory, rules, dtype="float32", **fields)
 
 
 def through_the_cache(model, tokens, form=PLAIN) -> np.ndarray:

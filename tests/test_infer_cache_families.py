@@ -8,7 +8,6 @@ from conftest import make_mesh
 
 from core import sharding
 from core.config import Unsupported
-from model import hf_import
 from model.cache_form import Form
 
 pytestmark = pytest.mark.slow
@@ -31,36 +30,28 @@ REFUSED = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("checkpoints")
-
-
-def logits(name, form, folder):
+def logits(name, form, checkpoints):
     """Of the last token of the prompt and of all new ones."""
-    directory = folder / name
-    if not directory.exists():
-        cases.write(name, folder)
     with jax.set_mesh(make_mesh((1, 1, 1))):
-        model = hf_import.load(directory, sharding.prefilling(), dtype="float32")
+        model = cases.opened(name, checkpoints, sharding.prefilling())
         return cases.through_the_cache(model, cases.golden(name).tokens, form)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", EXACT)
-def test_kinds_that_keep_all_of_a_short_text_are_exact(name, kind, folder):
+def test_kinds_that_keep_all_of_a_short_text_are_exact(name, kind, checkpoints):
     if (name, kind) in REFUSED:
         with pytest.raises(Unsupported, match="cache_"):
-            logits(name, EXACT[kind], folder)
+            logits(name, EXACT[kind], checkpoints)
         return
-    off = logits(name, EXACT[kind], folder) - cases.golden(name).logits[:, cases.PROMPT - 1 :]
+    off = logits(name, EXACT[kind], checkpoints) - cases.golden(name).logits[:, cases.PROMPT - 1 :]
     assert np.abs(off).max() < LIMIT
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", STATED)
-def test_kinds_of_few_bits_are_off_by_little(name, kind, folder):
+def test_kinds_of_few_bits_are_off_by_little(name, kind, checkpoints):
     expected = cases.golden(name).logits[:, cases.PROMPT - 1 :]
-    off = logits(name, Form(k_cache=kind, v_cache=kind), folder) - expected
+    off = logits(name, Form(k_cache=kind, v_cache=kind), checkpoints) - expected
     off = np.sqrt((off**2).mean()) / expected.std()
     assert STATED[kind] / 100 < off < STATED[kind]

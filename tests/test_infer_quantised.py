@@ -14,7 +14,7 @@ from core.config import UserError
 from core.sharding import MeshConfig
 from infer import decode, load, score
 from infer.config import DecodeConfig, ScoreConfig
-from model import hf_import, memory, parts, weights
+from model import memory, parts, weights
 
 ONE, MESH = (1, 1, 1), (2, 2, 2)
 # Learned positions and biases; parallel blocks, one kv head; sandwiches, softcaps, windows, tied.
@@ -22,26 +22,18 @@ FAMILIES = [("gpt2", "int4"), ("gemma-2", "int8")]
 EVERY = [(name, kind) for name in family_cases.NAMES for kind in ("int8", "int4")]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("checkpoints")
-
-
-def rounded(name, kind, folder):
+def rounded(name, kind, checkpoints):
     """The golden `name` with rounded weights, on the mesh in use."""
-    directory = folder / name
-    if not directory.exists():
-        family_cases.write(name, folder)
-    model = hf_import.load(directory, sharding.prefilling(), dtype="float32")
+    model = family_cases.opened(name, checkpoints, sharding.prefilling())
     form = weights.rounding(model.config, model.rules, kind, None)
     return load.held(model, form), model.config
 
 
-def assert_stands_for_its_numbers(name, kind, sizes, folder):
+def assert_stands_for_its_numbers(name, kind, sizes, checkpoints):
     """And says how many bytes it has."""
     tokens = family_cases.golden(name).tokens
     with jax.set_mesh(make_mesh(sizes)):
-        model, config = rounded(name, kind, folder)
+        model, config = rounded(name, kind, checkpoints)
         if sizes == ONE:
             held = weights.leaves(model)
             if config.tied_head:  # the same arrays, twice: infer.layout
@@ -57,25 +49,25 @@ def assert_stands_for_its_numbers(name, kind, sizes, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, kind", FAMILIES)
-def test_families_decode_as_the_numbers_do(name, kind, folder):
-    assert_stands_for_its_numbers(name, kind, ONE, folder)
+def test_families_decode_as_the_numbers_do(name, kind, checkpoints):
+    assert_stands_for_its_numbers(name, kind, ONE, checkpoints)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, kind", [case for case in EVERY if case not in FAMILIES])
-def test_every_other_family_does(name, kind, folder):
-    assert_stands_for_its_numbers(name, kind, ONE, folder)
+def test_every_other_family_does(name, kind, checkpoints):
+    assert_stands_for_its_numbers(name, kind, ONE, checkpoints)
 
 
 @pytest.mark.slow
-def test_they_do_on_a_mesh(folder):
-    assert_stands_for_its_numbers("gpt2", "int4", MESH, folder)
+def test_they_do_on_a_mesh(checkpoints):
+    assert_stands_for_its_numbers("gpt2", "int4", MESH, checkpoints)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, kind", [("falcon-7b", "int8"), ("gemma-2", "int4")])
-def test_others_do_on_a_mesh(name, kind, folder):
-    assert_stands_for_its_numbers(name, kind, MESH, folder)
+def test_others_do_on_a_mesh(name, kind, checkpoints):
+    assert_stands_for_its_numbers(name, kind, MESH, checkpoints)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from conftest import make_mesh
 from family_cases import PROMPT
 
 from core import sharding
-from model import families, hf_import
+from model import families
 from model.rope import Rope
 
 ONE, MESH = (1, 1, 1), (2, 2, 2)
@@ -51,74 +51,66 @@ NOTICED = [
 
 
 @functools.cache
-def opened(name, sizes, rules, folder, **fields):
-    directory = folder / name
-    if not directory.exists():
-        cases.write(name, folder)
-    return hf_import.load(directory, rules, dtype="float32", **fields)
+def opened(name, sizes, rules, checkpoints, **fields):
+    return cases.opened(name, checkpoints, rules, **fields)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("checkpoints")
-
-
-def full_forward(name, sizes, folder, **fields):
+def full_forward(name, sizes, checkpoints, **fields):
     """Logits [B, T, V] in one pass, sharded as in training."""
     tokens = cases.golden(name).tokens
     rules = sharding.training()
     with jax.set_mesh(make_mesh(sizes)):
-        model = opened(name, sizes, rules, folder, **fields)
+        model = opened(name, sizes, rules, checkpoints, **fields)
         positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
         place = rules("batch", "length")
         args = (jax.device_put(x, place) for x in (tokens, positions, np.ones_like(tokens)))
         return np.asarray(jax.jit(lambda model, *args: model.logits(model(*args)[0]))(model, *args))
 
 
-def through_the_cache(name, sizes, folder):
+def through_the_cache(name, sizes, checkpoints):
     """Logits [B, new + 1, V] of the last token of the prompt, read in chunks, and of the new."""
     with jax.set_mesh(make_mesh(sizes)):
-        model = opened(name, sizes, sharding.prefilling(), folder)
+        model = opened(name, sizes, sharding.prefilling(), checkpoints)
         return cases.through_the_cache(model, cases.golden(name).tokens)
 
 
-def assert_is_itself(name, sizes, folder):
+def assert_is_itself(name, sizes, checkpoints):
     golden = cases.golden(name)
-    full = full_forward(name, sizes, folder)
+    full = full_forward(name, sizes, checkpoints)
     assert np.abs(full - golden.logits).max() < LIMIT
-    cached = through_the_cache(name, sizes, folder)
+    cached = through_the_cache(name, sizes, checkpoints)
     assert np.abs(cached - golden.logits[:, PROMPT - 1 :]).max() < LIMIT
     np.testing.assert_array_equal(cached[:, :-1].argmax(-1), golden.tokens[:, PROMPT:])
 
 
 @pytest.mark.parametrize("name", sorted({*cases.NAMES} - VARIATIONS))
-def test_logits_and_greedy_tokens_are_those_of_transformers(name, folder):
-    assert_is_itself(name, ONE, folder)
+def test_logits_and_greedy_tokens_are_those_of_transformers(name, checkpoints):
+    assert_is_itself(name, ONE, checkpoints)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(VARIATIONS))
-def test_those_of_variations_are_too(name, folder):
-    assert_is_itself(name, ONE, folder)
+def test_those_of_variations_are_too(name, checkpoints):
+    assert_is_itself(name, ONE, checkpoints)
 
 
 @pytest.mark.parametrize("name", SHARDED)
-def test_they_are_on_a_mesh(name, folder):
-    assert_is_itself(name, MESH, folder)
+def test_they_are_on_a_mesh(name, checkpoints):
+    assert_is_itself(name, MESH, checkpoints)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*cases.NAMES} - {*SHARDED}))
-def test_every_other_is_on_a_mesh(name, folder):
-    assert_is_itself(name, MESH, folder)
+def test_every_other_is_on_a_mesh(name, checkpoints):
+    assert_is_itself(name, MESH, checkpoints)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "fields"), NOTICED, ids=str)
-def test_a_golden_notices_what_is_otherwise(name, fields, folder):
+def test_a_golden_notices_what_is_otherwise(name, fields, checkpoints):
     slots = fields.get("slots")
     if slots:
         pattern = families.read(cases.golden(name).config).pattern
         fields = dict(pattern=tuple(dataclasses.replace(spec, **slots) for spec in pattern))
-    logits = full_forward(name, ONE, folder, **fields)
+    logits = full_forward(name, ONE, checkpoints, **fields)
     assert np.abs(logits - cases.golden(name).logits).max() > 3 * LIMIT

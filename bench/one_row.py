@@ -2,36 +2,48 @@
 
     python -m bench.one_row
 
-64 weights of 768 x 2048 in turns, more than caches hold; the median of 7 runs.
+64 weights of 768 x 2048, more than caches hold, with each way in turns; the median of 7 rounds.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Format, Layout
+
+from model import one_row
 
 INPUTS, OUTPUTS, WEIGHTS, RUNS = 768, 2048, 64, 7
+
+
+class Way(NamedTuple):
+    name: str
+    multiply: Callable[[jax.Array, jax.Array], jax.Array]  # of x [1, I] and one weight: [1, O]
+    weights: list[jax.Array]
 
 
 def main() -> None:
     keys = jax.random.split(jax.random.key(0), WEIGHTS)
     wide = [jax.random.normal(key, (INPUTS, OUTPUTS)) for key in keys]
     narrow = [w_IO.astype(jnp.bfloat16) for w_IO in wide]
-    turned = [jnp.array(w_IO.T) for w_IO in wide]
-    bits = [jax.lax.bitcast_convert_type(w_IO, jnp.uint16) for w_IO in narrow]
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    column = Format(Layout(major_to_minor=(1, 0)), device)
-    show("float32, weight [inputs, outputs]", rows(1), wide)
-    show("float32, weight [outputs, inputs]", rows(1, weight_dim=1), turned)
-    show("the first in a device layout of the second", rows(1), jax.device_put(wide, column))
-    for count in (2, 4, 8, 16):
-        show(f"bfloat16, {count} rows", rows(count), narrow)
-    narrow_turned = [w_OI.astype(jnp.bfloat16) for w_OI in turned]
-    show("bfloat16, 2 rows, weight [outputs, inputs]", rows(2, weight_dim=1), narrow_turned)
-    show("bfloat16, bits widened in the reduction", widened, bits)
+    turned, narrow_turned = ([jnp.array(w_IO.T) for w_IO in ws] for ws in (wide, narrow))
+    integers = [(w_IO * 40).astype(jnp.int8) for w_IO in wide]
+    ways = [
+        Way("float32, weight [inputs, outputs]", rows(1), wide),
+        Way("float32, weight [outputs, inputs]", rows(1, weight_dim=1), turned),
+        *(Way(f"bfloat16, {count} rows", rows(count), narrow) for count in (2, 4, 8, 16)),
+        Way("bfloat16, 2 rows, weight [outputs, inputs]", rows(2, weight_dim=1), narrow_turned),
+        Way("bfloat16, widened in one sum of all inputs", widened, narrow),
+        Way("bfloat16, sums of 8 inputs", by_columns, narrow),
+        Way("int8, sums of 8 inputs", by_columns, integers),
+    ]
+    chains = [chain(way) for way in ways]
+    seconds = [[call() for call in chains] for _ in range(RUNS + 1)][1:]  # the first compiles
+    for way, times in zip(ways, zip(*seconds, strict=True), strict=True):
+        size = sum(w.nbytes for w in way.weights)
+        print(f"{size / statistics.median(times) / 1e9:6.1f} GB/s  {way.name}")
 
 
 def rows(count: int, weight_dim: int = 0) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -45,30 +57,32 @@ def rows(count: int, weight_dim: int = 0) -> Callable[[jax.Array, jax.Array], ja
     return multiply
 
 
-def widened(x_1I: jax.Array, bits_IO: jax.Array) -> jax.Array:
-    """The product with a weight of bfloat16, as bits, whose numbers it makes on the way."""
-    w_IO = jax.lax.bitcast_convert_type(bits_IO.astype(jnp.uint32) << 16, jnp.float32)
-    return (x_1I[0].astype(jnp.float32)[:, None] * w_IO).sum(axis=0)[None]
+def by_columns(x_1I: jax.Array, w_IO: jax.Array) -> jax.Array:
+    """The product as decoding does it."""
+    return one_row.by_columns(x_1I[:, None], w_IO[None])[None]
 
 
-def show(name: str, multiply: Callable, weights: Sequence[jax.Array]) -> None:
-    """One line; each product waits for the one before."""
-    dtype = jnp.float32 if weights[0].dtype == jnp.float32 else jnp.bfloat16
+def widened(x_1I: jax.Array, w_IO: jax.Array) -> jax.Array:
+    """The product with a weight of bfloat16, whose numbers it makes on the way."""
+    return (x_1I[0].astype(jnp.float32)[:, None] * one_row.widened(w_IO)).sum(axis=0)[None]
+
+
+def chain(way: Way) -> Callable[[], float]:
+    """A call that gives the seconds of all products; each waits for the one before."""
+    dtype = jnp.float32 if way.weights[0].dtype == jnp.float32 else jnp.bfloat16
 
     @jax.jit
-    def chain(x_1I, weights):
+    def multiply(x_1I, weights):
         for w in weights:
-            x_1I = x_1I * 0.5 + multiply(x_1I, w)[:, :INPUTS].astype(dtype) * 1e-3
+            x_1I = x_1I * 0.5 + way.multiply(x_1I, w)[:, :INPUTS].astype(dtype) * 1e-3
         return x_1I
 
-    x_1I, seconds = jnp.ones((1, INPUTS), dtype), []
-    jax.block_until_ready(chain(x_1I, weights))
-    for _ in range(RUNS):
+    def seconds() -> float:
         began = time.perf_counter()
-        jax.block_until_ready(chain(x_1I, weights))
-        seconds.append(time.perf_counter() - began)
-    size = sum(w.nbytes for w in weights)
-    print(f"{size / statistics.median(seconds) / 1e9:6.1f} GB/s  {name}", flush=True)
+        jax.block_until_ready(multiply(jnp.ones((1, INPUTS), dtype), way.weights))
+        return time.perf_counter() - began
+
+    return seconds
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from core.sharding import device_kind
-from model import quantised
+from model import one_row, quantised
 from model.quantised import Quantised
 
 
@@ -50,7 +50,7 @@ def product(
 
     jnp.einsum contracts dims in the order of their names, for which XLA may transpose a weight.
     On CPUs bfloat16 is multiplied in place only by a matrix and into float32; all else is done on
-    copies in float32, weights and all: a single row gets a second one.
+    copies in float32, weights and all. A single row is summed in `one_row`, or gets a second one.
     """
     dtype = x.dtype if dtype is None else dtype
     x_dims, y_dims = subscripts.partition("->")[0].split(",")
@@ -59,12 +59,30 @@ def product(
     narrow = x.dtype == jnp.bfloat16 and device_kind() == "cpu"
     rows = math.prod(n for name, n in zip(x_dims, x.shape, strict=True) if name not in shared)
     is_single = narrow and rows == 1 and x_dims[0] not in shared
+    if is_single and dims[1] == tuple(range(len(shared))) and one_row.fits(x.size):
+        return _single(x, y, len(shared), out_sharding).astype(dtype)
     out = jax.lax.dot_general(
         jnp.concatenate([x, x]) if is_single else x, y, (dims, ((), ())),
         preferred_element_type=jnp.float32 if narrow else dtype,
         out_sharding=out_sharding,
     ).astype(dtype)  # fmt: skip
     return out[:1] if is_single else out
+
+
+def _single(
+    x: jax.Array, y: jax.Array, inputs: int, out_sharding: PartitionSpec | None
+) -> jax.Array:
+    """Float32: the one row of x times y, whose first dims are these last of x."""
+    if out_sharding is None:
+        x_spec, y_spec = (jax.typeof(array).sharding.spec for array in (x, y))
+        out_sharding = PartitionSpec(*x_spec[:-inputs], *y_spec[inputs:])
+
+    @functools.partial(jax.sharding.auto_axes, out_sharding=out_sharding)
+    def of_all(x, y):
+        out_O = one_row.by_columns(x.reshape(1, 1, -1), y.reshape(1, x.size, -1))
+        return out_O.reshape(*x.shape[:-inputs], *y.shape[inputs:])
+
+    return of_all(x, y)
 
 
 def _forward(subscripts, x, w, out_sharding):

@@ -8,7 +8,7 @@ to the nearest multiple of its group's scale, so that |w - q * scale| <= scale /
 at most (1 + 2^-7) * max|w| / (2^(bits - 1) - 1/2) in the group.
 
 The product takes integers as they lie in memory, and no float weight is ever whole: XLA reads them
-into the product, TPUs by `_at_once`, CPUs by `_in_blocks`. The dims Z and C are apart for that:
+into the product, TPUs by `_at_once`, CPUs by `_on_cpu`. The dims Z and C are apart for that:
 where they are one, a TPU first copies all layers into another layout. `qwix` 0.1.8 has the same
 arrays, but not this: beside float activations its `dot_general` makes the float weight first,
 which a CPU does in full, its groups are within the last dim of the inputs, and its scales are
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from core.sharding import device_kind
+from model import one_row
 from model.attention import blocks
 
 SCALE = jnp.bfloat16
@@ -125,7 +126,7 @@ def product(
     def local(x, values_ZCO, scales_ZO):
         Z, _, O = values_ZCO.shape
         x_RZC = x.reshape(math.prod(x.shape[: len(rows)]), Z, -1)
-        multiply = _in_blocks if device_kind() == "cpu" else _at_once
+        multiply = _on_cpu if device_kind() == "cpu" else _at_once
         y_RO = multiply(x_RZC, values_ZCO, scales_ZO, w.bits).astype(x.dtype)
         y_RO = jax.lax.psum(y_RO, axes) if axes else y_RO
         return y_RO.reshape(*x.shape[: len(rows)], O)
@@ -159,7 +160,7 @@ def logits(hidden_D: jax.Array, table: Table) -> jax.Array:
 
     def local(x_D, values_VD, scales_V):
         x_RD = x_D.reshape(-1, x_D.shape[-1])
-        multiply = _rows_in_blocks if device_kind() == "cpu" else _rows_at_once
+        multiply = _rows_on_cpu if device_kind() == "cpu" else _rows_at_once
         y_RV = multiply(x_RD, values_VD) * scales_V.astype(jnp.float32)[None, :]
         return y_RV.reshape(*x_D.shape[:-1], -1)
 
@@ -176,8 +177,12 @@ def _rows_at_once(x_RD: jax.Array, values_VD: jax.Array) -> jax.Array:
     return jnp.einsum("RD,VD->RV", x_RD, w_VD, preferred_element_type=jnp.float32)
 
 
-def _rows_in_blocks(x_RD: jax.Array, values_VD: jax.Array) -> jax.Array:
-    """The same, a block of the vocabulary after the other; the last may repeat some rows."""
+def _rows_on_cpu(x_RD: jax.Array, values_VD: jax.Array) -> jax.Array:
+    """The same, a block of the vocabulary after the other, of which the last may repeat some rows;
+    for one row of x all at once.
+    """
+    if len(x_RD) == 1 and x_RD.size % one_row.LANES == 0:
+        return one_row.by_rows(x_RD[0], values_VD)[None]
     x_RD, V = x_RD.astype(jnp.float32), len(values_VD)
     block = min(ROWS, V)
 
@@ -191,16 +196,9 @@ def _rows_in_blocks(x_RD: jax.Array, values_VD: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, -(-V // block), put, start_RV)
 
 
-def _halves(values_ZCO: jax.Array, bits: int) -> tuple[jax.Array, ...]:
-    """The integers of each half of the inputs of a group, or of all of them in 8 bits."""
-    if bits == 8:
-        return (values_ZCO,)
-    return (values_ZCO << 4) >> 4, values_ZCO >> 4
-
-
 def _at_once(x_RZC: jax.Array, values_ZCO: jax.Array, scales_ZO: jax.Array, bits: int):
     """Float32 [R, O]. A single scale multiplies sums; several multiply weights, as they come."""
-    parts = _halves(values_ZCO, bits)
+    parts = one_row.halves(values_ZCO, 8 // bits)
     single, y_RO = scales_ZO.shape[0] == 1, 0.0
     for x_RZc, q_ZcO in zip(jnp.split(x_RZC, len(parts), axis=2), parts, strict=True):
         w_ZcO = q_ZcO.astype(jnp.float32)
@@ -212,10 +210,13 @@ def _at_once(x_RZC: jax.Array, values_ZCO: jax.Array, scales_ZO: jax.Array, bits
     return y_RO * scales_ZO.astype(jnp.float32) if single else y_RO
 
 
-def _in_blocks(x_RZC: jax.Array, values_ZCO: jax.Array, scales_ZO: jax.Array, bits: int):
-    """The same in float32, a block of inputs after the other."""
+def _on_cpu(x_RZC: jax.Array, values_ZCO: jax.Array, scales_ZO: jax.Array, bits: int):
+    """The same in float32, a block of inputs after the other; one row eight inputs at a time."""
     parts, x_RZC = 8 // bits, x_RZC.astype(jnp.float32)
     R, (Z, C, O) = len(x_RZC), values_ZCO.shape
+    if R == 1 and one_row.fits(parts * C):
+        x_ZPC = x_RZC.reshape(Z, parts, C)
+        return one_row.by_columns(x_ZPC, values_ZCO, scales_ZO)[None]
     block = math.gcd(C, BLOCK)
     values_ZCO = values_ZCO.reshape(-1, block, O)
     scales_ZO = jnp.repeat(scales_ZO, C // block, axis=0)
@@ -226,7 +227,7 @@ def _in_blocks(x_RZC: jax.Array, values_ZCO: jax.Array, scales_ZO: jax.Array, bi
         x_PRC, values_CO, scales_O = each
         some_RO = sum(
             jnp.einsum("RC,CO->RO", x_RC, q_CO.astype(jnp.float32))
-            for x_RC, q_CO in zip(x_PRC, _halves(values_CO, bits), strict=True)
+            for x_RC, q_CO in zip(x_PRC, one_row.halves(values_CO, parts), strict=True)
         )
         return y_RO + some_RO * scales_O.astype(jnp.float32)[None, :], None
 

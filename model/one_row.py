@@ -27,15 +27,16 @@ def by_columns(x_ZPC: jax.Array, w_ZCO: jax.Array, scales_ZO: jax.Array | None =
     many = TERMS // P
     x_ZPC, w_ZCO, scales_ZO = _together(x_ZPC, w_ZCO, scales_ZO)
     x_ZPSM = x_ZPC.reshape(Z, P, C // many, many)
-    floats = [widened(w_ZCO)] if w_ZCO.dtype == jnp.bfloat16 else halves(w_ZCO, P)
-    w_PZSMO = [w_ZCO.astype(jnp.float32).reshape(Z, C // many, many, -1) for w_ZCO in floats]
+    w_PZSMO = [
+        w_ZCO.astype(jnp.float32).reshape(Z, C // many, many, -1) for w_ZCO in halves(w_ZCO, P)
+    ]
     sums_ZSO = sum(
         x_ZPSM[:, p, :, m, None] * w_ZSMO[:, :, m]
         for m in range(many)
         for p, w_ZSMO in enumerate(w_PZSMO)
     )
     if scales_ZO is not None:
-        sums_ZSO = sums_ZSO * widened(scales_ZO)[:, None]
+        sums_ZSO = sums_ZSO * scales_ZO.astype(jnp.float32)[:, None]
     return jnp.ones(Z * C // many) @ sums_ZSO.reshape(Z * C // many, -1)
 
 
@@ -59,9 +60,3 @@ def _together(x: jax.Array, *weights: jax.Array | None) -> tuple[jax.Array | Non
 def halves(w: jax.Array, parts: int) -> tuple[jax.Array, ...]:
     """Of int8 the numbers of 4 bits in its low halves and those in its high ones, or itself."""
     return (w,) if parts == 1 else ((w << 4) >> 4, w >> 4)
-
-
-def widened(w: jax.Array) -> jax.Array:
-    """Float32 of bfloat16, by its bits: of what XLA converts, LLVM makes no vectors here."""
-    bits = jax.lax.bitcast_convert_type(w, jnp.uint16)
-    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)

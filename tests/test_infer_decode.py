@@ -125,7 +125,9 @@ def of_mesh(sizes):
         return generate(cases.random_model(TWO_LAYERS), PROMPTS[1:], PENALTIES, batch=3)
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)], ids=str
+)
 def test_a_mesh_decodes_as_one_device(sizes):
     """Rows, length and heads sharded; a row that only fills the batch, chunks drawn out to 8."""
     tokens, logprobs_BC = of_mesh(sizes)

@@ -67,10 +67,7 @@ PATTERNS = {
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("sinks", "moba", "nsa") else name
-        for name in PATTERNS
-    ],
+    [name if name == "ring" else pytest.param(name, marks=pytest.mark.slow) for name in PATTERNS],
 )
 def test_what_prompts_share_is_read_once(one_device, name):
     pattern = PATTERNS[name]

@@ -96,9 +96,8 @@ def test_right_and_wrong_ngrams_give_the_same_tokens(one_device, name):
     assert steps + right == speculator.made - len(PROMPTS)
 
 
-@pytest.mark.parametrize(
-    "sizes", [(1, 4, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(1, 4, 1), (2, 2, 2)], ids=str)
 def test_on_a_mesh(sizes):
     """The text and a ring over seq, rows over data, heads over model."""
     with jax.set_mesh(make_mesh(sizes)):

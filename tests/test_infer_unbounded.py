@@ -106,7 +106,7 @@ def test_a_million_tokens_in_the_memory_and_the_time_of_a_few(one_device):
     assert int(states[len(tokens_T)].made_B[0]) == 8 * calls
     first, last = (statistics.median(x[10:]) for x in seconds.values())
     print(f"{1e3 * first / 8:.3f} ms a token at {begun:,}, {1e3 * last / 8:.3f} at {MILLION:,}")
-    assert last < 2 * first  # of a text 50 times as long
+    assert last < 1.3 * first
     assert peak_bytes() - peak < 2**26
 
 

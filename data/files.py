@@ -28,9 +28,8 @@ def files(globs: Iterable[str], text_field: str) -> Iterator[Document]:
 
     UserError that names the glob, the file, or the row and the field at fault.
     """
-    paths = dict.fromkeys(path for pattern in globs for path in _matches(pattern))
     readers = {".jsonl": _jsonl, ".parquet": _parquet}
-    for path in paths:
+    for path in matches(globs):
         kind = path.with_name(path.name.removesuffix(".gz")).suffix
         if kind in readers:
             yield from readers[kind](path, text_field)
@@ -41,6 +40,11 @@ def files(globs: Iterable[str], text_field: str) -> Iterator[Document]:
                 f"data.files: {path} is of no known kind; use {' '.join(PLAIN + ROWS)} "
                 "or one of these with .gz, or narrow the glob"
             )
+
+
+def matches(globs: Iterable[str]) -> list[Path]:
+    """The files that the globs match, each once, in order. UserError where one matches none."""
+    return list(dict.fromkeys(path for pattern in globs for path in _matches(pattern)))
 
 
 def _matches(pattern: str) -> list[Path]:

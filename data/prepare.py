@@ -2,14 +2,16 @@
 
     python -m data.prepare --config=configs/quickstart.py
 
-Writes WORKDIR/data: tokenizer/, train-*.bin, validation-*.bin, manifest.json. The directory
-appears when all of it is there; running again replaces it.
+Writes WORKDIR/data: tokenizer/, train-*.bin, validation-*.bin, manifest.json and files.json, which
+lists the others. They appear when all of them are there; running again replaces them. A folder
+with files that this command did not write is refused.
 """
 
 import dataclasses
 import gzip
 import math
-import shutil
+import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -22,11 +24,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from core import cli, tokenizer_files
+from core import cli, files, lock, tokenizer_files
 from core.config import Experiment, UserError, to_dict
 from data import store, tokenizer, tokenizer_trained
 from data.config import DataConfig
 from data.curate import REMOVED, Text, curate
+from data.files import matches
 from data.sample import Sample
 from data.sources import documents
 from data.tokenizer_base import Tokenizer
@@ -38,23 +41,51 @@ ENCODE_BYTES = 4_000_000  # of text at a time: enough to share lines, little bes
 def main(experiment: Experiment) -> dict[str, Any]:
     """Prepares `experiment.data` into WORKDIR/data; returns the manifest."""
     began = time.perf_counter()
-    target = Path(experiment.workdir, "data")
-    partial = target.with_name("data.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir(parents=True)
-    console = Console(stderr=True)
+    target = files.followed(Path(experiment.workdir, "data"))
+    check_sources(experiment.data, target)
     try:
-        # Disabled, or it would end with a blank line in a log.
-        quiet = not console.is_terminal
-        with Progress(console=console, transient=True, disable=quiet) as progress:
-            manifest = build(experiment.data, partial, progress)
-        replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"workdir={experiment.workdir}: {target} cannot be made: {error.strerror}; name another"
+        ) from None
+    with lock.hold(target, "name another workdir"):
+        files.refuse_foreign(target, "move it away, or name another workdir")
+        try:
+            manifest = write(experiment.data, target)
+        except OSError as error:
+            sys.exit(f"error: {target} could not be written, and what was there stays: {error}")
+    console = Console(stderr=True)
     console.print(summary(manifest))
     lines = f"{remarks(manifest)}\n{time.perf_counter() - began:.1f} s, in {target}"
     console.print(lines, markup=False, highlight=False, soft_wrap=True)
     return manifest
+
+
+def check_sources(config: DataConfig, target: Path) -> None:
+    """Raises UserError if a file to read lies in the folder that is to be written."""
+    paths = matches(config.files) if config.source == "files" else []
+    if config.source == "tfds" and config.tfds_dir:
+        paths = [Path(config.tfds_dir)]
+    for path in paths:
+        if Path(os.path.realpath(path)).is_relative_to(target):
+            raise UserError(
+                f"data.{'tfds_dir' if config.source == 'tfds' else 'files'}: {path} lies in "
+                f"{target}, which this command writes: move it, narrow the glob, or name another "
+                "workdir"
+            )
+
+
+def write(config: DataConfig, target: Path) -> dict[str, Any]:
+    """Replaces what an earlier run wrote to `target`; returns the manifest."""
+    console = Console(stderr=True)
+    # Disabled, or it would end with a blank line in a log.
+    quiet = not console.is_terminal
+    with (
+        Progress(console=console, transient=True, disable=quiet) as progress,
+        files.renewed(target, last=store.MANIFEST) as partial,
+    ):
+        return build(config, partial, progress)
 
 
 def build(config: DataConfig, directory: Path, progress: Progress) -> dict[str, Any]:
@@ -182,16 +213,6 @@ def tally(counts: Counter) -> dict[str, Any]:
 
 def _total(splits: dict[str, Any], key: str) -> int:
     return sum(split[key] for split in splits.values())
-
-
-def replace(partial: Path, target: Path) -> None:
-    """Gives the finished directory its name; what was there before goes last."""
-    old = target.with_name("data.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def summary(manifest: dict[str, Any]) -> Table:

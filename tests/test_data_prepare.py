@@ -10,64 +10,24 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
+from prepare_cases import config, essay, read, run, write_essays
 
-from core.config import Experiment, UserError
-from data import prepare, sources, store, tokenizer
+from core.config import UserError
+from data import sources, store, tokenizer
 from data.config import DataConfig
 from data.curate import REMOVED, curate
 from data.document import Document
 
 ROOT = Path(__file__).parents[1]
-WORDS = ["the", "horizon", "is", "as", "far", "as", "eye", "can", "see", "and", "ship", "sails"]
-
-
-def essay(number):
-    """A text like no other, made of few words."""
-    draw = np.random.default_rng(number)
-    lines = [" ".join(draw.choice(WORDS, 8)) for _ in range(10)]
-    return f"essay {number}\n" + "\n".join(lines) + "\n"
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """30 essays as files, and four files that curation must drop."""
-    folder = tmp_path / "text"
-    folder.mkdir()
-    for number in range(30):
-        (folder / f"{number:02d}.txt").write_text(essay(number))
-    (folder / "97-empty.txt").write_bytes(b" \n")
-    (folder / "96-binary.txt").write_bytes(b"PNG\0\1\2")
-    (folder / "98-latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
-    (folder / "99-again.txt").write_text(essay(7))
-    return folder
-
-
-def config(folder, **changes):
-    fields = dict(source="files", files=(f"{folder}/*.txt",), vocab_size=300)
-    return DataConfig(**fields | dict(validation_fraction=0.2) | changes)
-
-
-def run(tmp_path, data, **fields):
-    return prepare.main(Experiment(name="test", workdir=str(tmp_path / "run"), data=data, **fields))
-
-
-def read(tmp_path, split):
-    """The texts of a split, decoded from its tokens, by name."""
-    tokens = store.TokenStore(tmp_path / "run/data", split)
-    tokens.verify()
-    model = tokenizer.load(tmp_path / "run/data/tokenizer")
-    assert model.fingerprint == tokens.manifest["tokenizer"]
-    texts = {}
-    for name, start, stop in zip(tokens.names(), tokens.starts, tokens.starts[1:], strict=False):
-        ids = tokens[start:stop]
-        assert (ids[0], ids[-1]) == (model.bos, *model.eos) and min(ids[1:-1]) > 3
-        texts[name] = model.decode(ids)
-    return texts
+    return write_essays(tmp_path / "text")
 
 
 def test_what_is_prepared_is_the_text(tmp_path, folder):
@@ -93,17 +53,17 @@ def test_what_is_prepared_is_the_text(tmp_path, folder):
 
 def test_running_again_replaces_and_gives_the_same_bytes(tmp_path, folder):
     def files():
-        found = (tmp_path / "run/data").rglob("*")
+        found = (p for p in (tmp_path / "run/data").rglob("*") if p.name != ".lock")
         return {str(p): hashlib.sha256(p.read_bytes()).digest() for p in found if p.is_file()}
 
     data = config(folder, shard_tokens=500)
     run(tmp_path, data)
     first = files()
-    assert len(first) > 8  # several shards
+    assert len(first) > 9  # several shards
     run(tmp_path, data)
     assert files() == first
     run(tmp_path, config(folder, shard_tokens=10**6))
-    assert len(files()) == 8  # nothing of the earlier shards is left
+    assert len(files()) == 9  # nothing of the earlier shards is left
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["data"]
 
 
@@ -240,7 +200,7 @@ def test_too_few_documents_say_what_happened(tmp_path, folder):
     with pytest.raises(UserError, match=r"gave 1 usable documents of 3 read \(1 empty, 1 dup"):
         data = config(folder, files=(f"{folder}/07.txt", f"{folder}/97*", f"{folder}/99*"))
         run(tmp_path, data)
-    assert not list((tmp_path / "run").iterdir())  # nothing half done is left
+    assert os.listdir(tmp_path / "run/data") == [".lock"]  # nothing half done is left
 
 
 @pytest.mark.parametrize(("fraction", "split"), [(1e-6, "validate"), (0.999999, "train")])
@@ -284,12 +244,12 @@ def test_kill_leaves_nothing_that_opens_and_the_next_run_recovers(tmp_path, fold
     assert process.stdout.readline() == b"shard written\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert os.listdir(tmp_path / "run") == ["data.partial"]
-    for name in ("data", "data.partial"):
+    assert sorted(os.listdir(tmp_path / "run/data")) == [".lock", ".partial"]
+    for name in ("data", "data/.partial"):
         with pytest.raises(UserError, match="no prepared data"):
             store.TokenStore(tmp_path / "run" / name, "train")
     run(tmp_path, config(folder))
-    assert os.listdir(tmp_path / "run") == ["data"] and read(tmp_path, "train")
+    assert ".partial" not in os.listdir(tmp_path / "run/data") and read(tmp_path, "train")
 
 
 CONFIG = """

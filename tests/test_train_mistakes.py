@@ -28,8 +28,9 @@ from train import optimizer, pretrain, state
 
 
 def snapshot(workdir):
-    """Every file below and what it holds."""
-    return {p: p.read_bytes() for p in sorted(workdir.rglob("*")) if p.is_file()}
+    """Every file below and what it holds, but for its lock."""
+    found = (p for p in sorted(workdir.rglob("*")) if p.is_file() and p.name != ".lock")
+    return {path: path.read_bytes() for path in found}
 
 
 def test_another_run_is_refused(tmp_path, monkeypatch, capsys, finished):
@@ -61,7 +62,7 @@ def test_an_imported_model_is_no_run(tmp_path, monkeypatch, capsys, finished):
 def test_overwrite_starts_again_on_the_same_data(tmp_path, finished):
     workdir = copy(finished, tmp_path / "run")
     data = snapshot(workdir / "data")
-    (workdir / "99").mkdir()
+    (workdir / "12").rename(workdir / "99")
     first = experiment(workdir, seed=7, overwrite=True)
     pretrain.main(first)
     assert snapshot(workdir / "data") == data
@@ -175,20 +176,15 @@ def test_no_prepared_data(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_workdir_that_cannot_be_written(tmp_path, monkeypatch, capsys, prepared, overwrite):
+def test_workdir_that_cannot_be_written(tmp_path, monkeypatch, capsys, prepared):
     """Root may write anywhere, so the file system itself says no here."""
     workdir = copy(prepared, tmp_path / "run")
 
     def refuse(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied", str(workdir))
 
-    if overwrite:
-        pretrain.run.checkpoint.create(workdir, "{}", None)
-        monkeypatch.setattr("pathlib.Path.unlink", refuse)
-    else:
-        monkeypatch.setattr("shutil.copytree", refuse)
-    status, err = command(capsys, monkeypatch, experiment(workdir, overwrite=overwrite))
+    monkeypatch.setattr("shutil.copytree", refuse)
+    status, err = command(capsys, monkeypatch, experiment(workdir))
     assert status == 2 and "Traceback" not in err
     assert f"workdir={workdir} cannot be written: Permission denied" in err
 
@@ -221,7 +217,7 @@ def test_disk_that_fills_up(tmp_path, prepared):
     pretrain.main(experiment(workdir))
     assert bundle_steps(workdir) == [4, 8, 12]
     left = {p.name for p in workdir.iterdir() if not p.name.isdecimal()}
-    assert left == {"config.json", "tokenizer", "data", "metrics.jsonl", "tensorboard"}
+    assert left == {".lock", "config.json", "tokenizer", "data", "metrics.jsonl", "tensorboard"}
 
 
 def test_failed_save_keeps_the_good_one(tmp_path, monkeypatch, capsys, prepared):

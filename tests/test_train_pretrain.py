@@ -31,6 +31,7 @@ from data.store import TokenStore
 from model import transformer
 from model.config import ModelConfig
 from train import optimizer, pretrain
+from train.stop import Stop
 
 KEYS = {"step", "loss", "tokens_per_second", "mfu", "grad_norm", "learning_rate"}
 
@@ -73,7 +74,8 @@ def test_bundle_opens_by_itself(finished):
     with jax.set_mesh(make_mesh((1, 1, 1))):
         abstract = transformer.abstract(bundle.config(model=ModelConfig).model, sharding.whole())
         items = bundle.restore(12, model=abstract)
-    assert items["data"] == {"global_next_index": 12 * 8}
+    assert items["data"].pop("digests").keys() == {"train", "validation"}
+    assert items["data"] == {"global_next_index": 12 * 8, "evaluation_owed": False}
     assert np.isfinite(np.asarray(items["model"].embedding_VD[...])).all()
 
 
@@ -130,13 +132,47 @@ def test_sigterm_of_a_real_process_exits_with_0(tmp_path, prepared):
 def test_second_signal_stops_at_once():
     """The first is answered; the second does what it always did."""
     usual = signal.getsignal(signal.SIGINT)
-    with pretrain.stop_signals() as asked:
+    with Stop() as stop:
+        assert not stop.asked() and signal.getsignal(signal.SIGINT) is not usual
         signal.raise_signal(signal.SIGTERM)
-        assert asked == [signal.SIGTERM]
+        assert stop.asked() == "SIGTERM"
         assert signal.getsignal(signal.SIGINT) is usual
-    with pretrain.stop_signals() as asked:
+    with Stop():
         assert signal.getsignal(signal.SIGINT) is not usual
     assert signal.getsignal(signal.SIGINT) is usual
+
+
+@pytest.mark.parametrize("step", [pytest.param(4, marks=pytest.mark.slow), 6, 12])
+def test_signal_in_an_evaluation(tmp_path, monkeypatch, capsys, prepared, finished, step):
+    """At a step that is saved anyway, at one that is not, and at the last: it is saved, and the
+    next run evaluates there first.
+    """
+    workdir = copy(prepared, tmp_path / "run")
+    given = experiment(workdir, eval_every=2)
+    usual = pretrain.evaluate
+
+    def evaluate(model, batches, *args):
+        current = max(rows(workdir))
+
+        def signalled():
+            for number, batch in enumerate(batches):
+                if (current, number) == (step, 1):
+                    signal.raise_signal(signal.SIGTERM)
+                yield batch
+
+        return usual(model, signalled(), *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "evaluate", evaluate)
+        status, err = command(capsys, patch, given)
+    assert status == 0
+    assert f"SIGTERM: saved step {step}; run the same command to go on" in err
+    assert bundle_steps(workdir)[-1] == step and damaged(workdir / str(step)) is None
+    assert step not in rows(workdir, "eval_loss")
+    for _ in range(2):
+        pretrain.main(given)
+        assert rows(workdir) == rows(finished)
+        assert list(rows(workdir, "eval_loss")) == [2, 4, 6, 8, 10, 12]
 
 
 def documents_in(batch, store):
@@ -242,25 +278,24 @@ def test_incomplete_newest_step(tmp_path, monkeypatch, capsys, finished, spoil):
     assert damaged(workdir / "12") is None
 
 
+def together(config, at_step):
+    """Two processes of one run, which do `at_step` before they report a step."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    return [
+        process(config, at_step, **dict(zip(names, (address, "2", str(index)), strict=True)))
+        for index in range(2)
+    ]
+
+
 @pytest.mark.slow
 def test_two_processes(tmp_path, prepared, finished):
     """Four devices each train as eight of one process do; one process opens what they saved."""
     workdir = copy(prepared, tmp_path / "run")
     config = config_file(experiment(workdir, mesh=dict(simulate=4)), tmp_path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    stop = "step == 9 and os._exit(9)"
-    both = [
-        process(
-            config,
-            stop,
-            JAX_COORDINATOR_ADDRESS=address,
-            JAX_NUM_PROCESSES="2",
-            JAX_PROCESS_ID=str(index),
-        )
-        for index in range(2)
-    ]
+    both = together(config, "step == 9 and os._exit(9)")
     ends = [finish(running) for running in both]
     assert all(status != 0 for status, _ in ends), ends
     assert bundle_steps(workdir)[0] == 4 and damaged(workdir / "4") is None, ends
@@ -271,3 +306,26 @@ def test_two_processes(tmp_path, prepared, finished):
     assert bundle_steps(workdir) == [4, 8, 12]
     for step, loss in rows(workdir).items():
         assert loss == pytest.approx(expected[step], rel=1e-5), step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)]
+)
+@pytest.mark.parametrize("who", ["one", "both, 50 ms apart"])
+def test_two_processes_stop_at_the_same_step(tmp_path, prepared, finished, number, who):
+    """Whichever process the signal comes to, all of them save one step, and say so."""
+    workdir = copy(prepared, tmp_path / "run")
+    mesh = dict(simulate=4)
+    config = config_file(
+        experiment(workdir, mesh, steps=2000, save_every=0, log_every=50), tmp_path
+    )
+    signalled = f"os.kill(os.getpid(), signal.{number.name})"
+    both = "jax.process_index() and time.sleep(0.05), " if who != "one" else ""
+    only = "jax.process_index() == 1 and " if who == "one" else ""
+    running = together(config, f"step == 20 and ({both}{only}{signalled})")
+    ends = [finish(one) for one in running]
+    assert [status for status, _ in ends] == [0, 0], ends
+    (step,) = bundle_steps(workdir)
+    assert 20 <= step < 2000 and damaged(workdir / str(step)) is None
+    assert f"SIGTERM: saved step {step}; run the same command to go on" in ends[0][1]

@@ -44,7 +44,7 @@ def begun(described):
     """(what run.start gives, store) on 8 devices."""
     with jax.set_mesh(make_mesh((8, 1, 1))):
         store = TokenStore(Path(described.workdir, "data"), "train")
-        found = run.start(described, store)
+        found = run.start(described, store, TokenStore(store.directory, "validation"))
         try:
             yield found, store
         finally:

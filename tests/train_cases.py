@@ -126,6 +126,7 @@ def config_file(experiment: Experiment, folder: Path, sections=SECTIONS) -> Path
 # `python -m train.pretrain`, but `before_step(n)` runs before step n is reported.
 DRIVER = """
 import os, resource, signal, sys, time
+import jax
 from core import cli
 from train import pretrain
 from train_cases import SECTIONS

@@ -7,7 +7,7 @@ from core.config import Section, UserError, setting
 from model.transformer import Remat
 
 # Fields that may differ when a run resumes: they change neither the numbers nor the data.
-OPERATIONAL = ("log_every", "eval_every", "save_every", "keep", "overwrite")
+OPERATIONAL = ("log_every", "eval_every", "save_every", "keep", "overwrite", "data_changed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,7 @@ class TrainConfig(Section):
     save_every: int = setting(0, "steps between checkpoints; 0 is at the end only", low=0)
     keep: int = setting(2, "newest checkpoints kept", low=1)
     overwrite: bool = setting(False, "start again where another run already is")
+    data_changed: bool = setting(False, "go on where the data is not what the run was trained on")
 
     def check(self) -> None:
         if self.warmup >= self.steps:

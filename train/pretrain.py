@@ -7,23 +7,23 @@ Writes a bundle into WORKDIR (config.json, tokenizer/, <step>/), metrics.jsonl a
 events. SIGTERM and Ctrl-C save and exit with 0; run the same command again to go on.
 """
 
+import contextlib
 import math
-import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 
-from core import backend, cli, hardware, layout, tree
-from core.config import Experiment
+from core import backend, cli, files, hardware, layout, lock, tree
+from core.config import Experiment, UserError
 from core.metrics import MetricsWriter
 from core.sharding import MeshConfig, make_mesh
+from data.batch import Batch
 from data.config import DataConfig
 from data.loader import documents_of, rows_before, train_batches, validation_batches
-from data.store import TokenStore
+from data.store import TokenStore, read_manifest
 from model.config import ModelConfig
 from model.flops import training_flops_per_token
 from train import run
@@ -33,30 +33,56 @@ from train.feed import Feed
 from train.progress import TrainProgress
 from train.run import Run
 from train.step import Metrics, make_train_step
+from train.stop import Stop
 
 
 def main(experiment: Experiment) -> None:
     """Trains `experiment` to its last step; prints bits per byte beside gzip's."""
     backend.keep_programs(experiment.workdir)
-    with jax.set_mesh(make_mesh(experiment.mesh)):
-        data = Path(experiment.workdir, "data")
+    with jax.set_mesh(make_mesh(experiment.mesh)), alone(experiment) as data:
         train, validation = TokenStore(data, "train"), TokenStore(data, "validation")
-        begun = run.start(experiment, train)
+        begun = run.start(experiment, train, validation)
         try:
-            loop = Loop(experiment, begun, train, validation)
-            with stop_signals() as asked, loop.progress:
-                loop.train(asked)
-            loop.metrics.close()
+            with Stop() as stop:
+                loop = Loop(experiment, begun, train, validation, stop)
+                with loop.progress:
+                    loop.train()
+                loop.metrics.close()
         finally:
             begun.bundle.close()
+
+
+@contextlib.contextmanager
+def alone(experiment: Experiment) -> Iterator[Path]:
+    """Gives the data's folder while no other run writes to the workdir or prepares the data.
+
+    Process 0 holds the locks for all.
+    """
+    workdir = Path(experiment.workdir)
+    data = files.followed(workdir / "data")
+    read_manifest(data)  # the workdir is there, then
+    with contextlib.ExitStack() as locks:
+
+        def take() -> None:
+            locks.enter_context(lock.hold(workdir, "name another workdir"))
+            locks.enter_context(lock.hold(data, "try again when it is prepared", shared=True))
+
+        run.in_first_process(take)
+        yield data
+
+
+class Stopped(Exception):
+    """A signal asked to stop in the midst of an evaluation."""
 
 
 class Loop:
     """The training loop: one step ahead of its own metrics."""
 
-    def __init__(self, experiment: Experiment, begun: Run, train: TokenStore, val: TokenStore):
+    def __init__(
+        self, experiment: Experiment, begun: Run, train: TokenStore, val: TokenStore, stop: Stop
+    ):
         config = self.config = experiment.train
-        self.run, self.state, self.store = begun, begun.state, train
+        self.run, self.state, self.store, self.stop = begun, begun.state, train, stop
         self.feed = Feed(config, begun.rules)
         shard = (self.feed.index, self.feed.count)
         order = layout.order(begun.rules.layout, config.length, begun.rules.ring_size())
@@ -69,7 +95,7 @@ class Loop:
         self.manifest = val.manifest
         self.train_step = make_train_step(config, begun.optimizer, begun.rules)
         self.first = int(self.state.step)
-        self.metrics = MetricsWriter(begun.bundle.path, self.first)
+        self.metrics = MetricsWriter(begun.bundle.path, self.first, begun.evaluation_owed)
         self.progress = TrainProgress(config.steps, self.first)
         self.progress.say(self._title(experiment))
         self._flops = {
@@ -78,9 +104,12 @@ class Loop:
         }
         self._clock, self._clock_step = time.perf_counter(), self.first
 
-    def train(self, asked: list[int]) -> None:
-        """Runs to the last step, or to the first signal in `asked`; saves at the end of either."""
+    def train(self) -> None:
+        """Runs to the last step, or until a signal asks to stop; saves at the end of either."""
         config, pending = self.config, None
+        if self.run.evaluation_owed and not self.evaluate(self.first):
+            self.progress.say(f"{self.stop.asked()}: step {self.first} is saved already")
+            return
         for step in range(self.first + 1, config.steps + 1):
             batch = self.feed(next(self.batches))
             data = self.batches.get_state()
@@ -88,23 +117,25 @@ class Loop:
             if pending:  # read while this step runs
                 self.report(*pending)
             pending = step, data, metrics
-            last = step == config.steps or bool(asked)
-            saves = last or (config.save_every and step % config.save_every == 0)
+            # Read once: what is saved and what is said must come from the same answer.
+            stopping = self.stop.asked()
             evaluates = step == config.steps or (
                 config.eval_every and step % config.eval_every == 0
             )
-            if saves or evaluates:
+            saves = step == config.steps or (config.save_every and step % config.save_every == 0)
+            if saves or evaluates or stopping:
                 self.report(*pending)  # nothing is saved before its loss is known to be finite
                 pending = None
-            if evaluates:
-                self.evaluate(step)
-            if saves:
-                self.save(step, data, wait=last)
+            evaluated = bool(evaluates) and not stopping and self.evaluate(step)
+            if evaluates and not evaluated:
+                stopping = self.stop.asked()
+            if saves or stopping:
+                last = step == config.steps or bool(stopping)
+                self.save(step, data, evaluates and not evaluated, wait=last)
             if saves or evaluates:
                 self._clock, self._clock_step = time.perf_counter(), step
-            if asked:
-                name = signal.Signals(asked[0]).name
-                self.progress.say(f"{name}: saved step {step}; run the same command to go on")
+            if stopping:
+                self.progress.say(f"{stopping}: saved step {step}; run the same command to go on")
                 return
         if self.first >= config.steps:
             self.progress.say(f"step {self.first} is the last one: nothing to do")
@@ -136,26 +167,45 @@ class Loop:
         self.metrics.write(step, row)
         self.progress.row(step, row)
 
-    def evaluate(self, step: int) -> None:
-        """Writes eval_loss and bits_per_byte; shows them beside gzip's."""
+    def evaluate(self, step: int) -> bool:
+        """Writes eval_loss and bits_per_byte; shows them beside gzip's.
+
+        Returns whether it came to its end: a signal cuts it off, since what sent it may not wait.
+        """
         split = self.manifest["splits"]["validation"]
         limit = self.config.eval_batches
-        row = evaluate(self.state.model, self.validation, self.feed, split, limit)
+        try:
+            row = evaluate(self.state.model, self._until_stopped(), self.feed, split, limit)
+        except Stopped:
+            return False
         gzip = self.manifest["gzip_bits_per_byte"]
         self.metrics.write(step, {**row, "gzip_bits_per_byte": gzip})
         self.progress.say(
             f"step {step}: validation loss {row['eval_loss']:.3f} nats a token = "
             f"{row['bits_per_byte']:.3f} bits per byte | gzip -9 of the same documents {gzip:.3f}"
         )
+        return True
 
-    def save(self, step: int, data: dict[str, int], wait: bool) -> None:
-        """Starts saving, or saves; a failure ends the run and names the step that is still good."""
+    def _until_stopped(self) -> Iterator[Batch]:
+        for batch in self.validation:
+            if self.stop.asked():
+                raise Stopped
+            yield batch
+
+    def save(self, step: int, data: dict[str, int], evaluation_owed: bool, wait: bool) -> None:
+        """Starts saving, or saves; a failure ends the run and names the step that is still good.
+
+        A run that resumes here evaluates first if the evaluation is owed.
+        """
         bundle = self.run.bundle
+        told = {**data, "digests": self.run.digests, "evaluation_owed": evaluation_owed}
         try:
             items = {"model": self.state.model, "optimizer": self.state.opt_state}
-            bundle.save(step, items, data)
+            bundle.save(step, items, told)
             if wait:
                 bundle.wait()
+        except UserError:
+            raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk
             good = [s for s in bundle.steps() if bundle.is_complete(s)]
             newest = f"step {good[-1]} is complete" if good else "no step is complete"
@@ -181,26 +231,6 @@ class Loop:
             f"{config.steps} steps of {config.batch_size} x {config.length} tokens "
             f"on {jax.device_count()} x {device}"
         )
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that the first SIGTERM or Ctrl-C fills; the second one acts as usual."""
-    asked: list[int] = []
-    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def ask(number, frame):
-        asked.append(number)
-        for other, handler in usual.items():
-            signal.signal(other, handler)
-
-    for number in usual:
-        signal.signal(number, ask)
-    try:
-        yield asked
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

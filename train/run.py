@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from core import checkpoint, sharding, tree
+from core import checkpoint, files, sharding, tree
 from core.checkpoint import Bundle
 from core.config import Experiment, UserError, to_dict, to_json
+from core.metrics import METRICS, TENSORBOARD
 from core.sharding import Rules
 from data import balance, tokenizer
 from data.store import TokenStore
@@ -30,63 +30,141 @@ log = logging.getLogger("cakrawala")
 
 @dataclasses.dataclass
 class Run:
-    """All that the loop needs. `data` is None at the start, else where the data went on."""
+    """All that the loop needs."""
 
     bundle: Bundle
     optimizer: optax.GradientTransformation
     rules: Rules
     state: TrainState
-    data: dict[str, Any] | None
+    digests: dict[str, str]  # of the data, by split
+    data: dict[str, Any] | None = None  # where the data went on; None at the start
+    evaluation_owed: bool = False  # a signal cut off the evaluation of this step
 
 
-def start(experiment: Experiment, store: TokenStore) -> Run:
+def start(experiment: Experiment, train: TokenStore, validation: TokenStore) -> Run:
     """Opens or makes the bundle in `experiment.workdir`, on the mesh in use.
 
     Resumes from the newest complete step: parameters, optimizer, step and data position. A run
     with no step of its own begins with the weights of `train.start`, or random ones.
-    UserError if another run is there, or its tokenizer is not that of the data.
+    UserError if another run is there, if the data is not what it was trained on, or if files are
+    in the way that this program did not write.
     """
     config, workdir = experiment.train, Path(experiment.workdir)
     experiment.model.check_length("train.length", config.length)
     if not os.access(workdir, os.W_OK):  # the data is there, so the workdir is
         raise UserError(f"workdir={workdir} cannot be written: name another, or make it writable")
-    rules = choose_rules(experiment, lambda: balance.sample(store, config.length))
+    rules = choose_rules(experiment, lambda: balance.sample(train, config.length))
     abstract = transformer.abstract(experiment.model, rules)
     rule = optimizer.make(config, tree.named_leaves(abstract))
-    if store.manifest["vocab_size"] > experiment.model.vocab_size:
+    if train.manifest["vocab_size"] > experiment.model.vocab_size:
         raise UserError(
             f"model.vocab_size={experiment.model.vocab_size} is less than the tokenizer's "
-            f"{store.manifest['vocab_size']}"
+            f"{train.manifest['vocab_size']}"
         )
     # Before its first checkpoint a run is nothing to protect: it starts again.
-    resumes = not config.overwrite and has_steps(workdir)
-    # Before anything is written: a bundle that does not fit is refused with nothing lost.
-    model = None if resumes or not config.start else initial.restore(experiment, store, rules)
+    resumes = not config.overwrite and bool(checkpoint.steps(workdir))
     if resumes:
         check_same(experiment, workdir)
-    elif jax.process_index() == 0:
-        try:
-            clear(workdir)
-            checkpoint.create(workdir, to_json(experiment), Path(store.directory, "tokenizer"))
-        except OSError as error:
-            raise UserError(f"workdir={workdir} cannot be written: {error.strerror}") from None
-    _barrier("bundle")
+    complete = [
+        s for s in checkpoint.steps(workdir) if resumes and not files.damaged(workdir / str(s))
+    ]
+    check_own(workdir, complete[-1] if complete else 0, config.steps)
+    # Before anything is written: a bundle that does not fit is refused with nothing lost.
+    model = None if resumes or not config.start else initial.restore(experiment, train, rules)
+    if not resumes:
+        in_first_process(lambda: begin(experiment, Path(train.directory, "tokenizer")))
     bundle = Bundle(workdir, keep=config.keep)
-    check_tokenizer(bundle, store)
+    check_tokenizer(bundle, train)
+    digests = {store.split: store.digest() for store in (train, validation)}
     if not resumes:
         if model is None:
             fresh = state.create(experiment.model, rules, rule, config.seed)
         else:
             fresh = state.begin(model, rule)
-        return Run(bundle, rule, rules, fresh, None)
+        return Run(bundle, rule, rules, fresh, digests)
     step = bundle.choose()
-    for newer in (s for s in bundle.steps() if s > step):
-        bundle.discard(newer)  # incomplete: the run writes it again
     abstract = state.abstract(experiment.model, rules, rule)
     items = bundle.restore(step, model=abstract.model, optimizer=abstract.opt_state)
+    data = items["data"]
+    check_data(step, data.pop("digests", None), digests, config.data_changed)
+    in_first_process(lambda: drop_newer(bundle, step))
     log.info("resuming from step %d of %s", step, workdir)
     resumed = TrainState(jnp.int32(step), items["model"], items["optimizer"])
-    return Run(bundle, rule, rules, resumed, items["data"])
+    owed = data.pop("evaluation_owed", False)
+    return Run(bundle, rule, rules, resumed, digests, data, owed)
+
+
+def check_own(workdir: Path, newest: int, last: int) -> None:
+    """Raises UserError for what is in the way of a run that goes on to step `last`.
+
+    `newest` is the newest complete step there; 0 at the start.
+    """
+    has_config = (workdir / checkpoint.CONFIG).is_file()
+    if not has_config and checkpoint.steps(workdir):
+        raise UserError(
+            f"workdir={workdir} holds steps of a run, but no {checkpoint.CONFIG}: "
+            "put it back, or name another workdir"
+        )
+    if not has_config and (workdir / METRICS).exists():
+        raise UserError(
+            f"{workdir / METRICS} is there, but no run of this program: "
+            "move it away, or name another workdir"
+        )
+    if (workdir / TENSORBOARD).exists() and not (workdir / TENSORBOARD).is_dir():
+        raise UserError(f"{workdir / TENSORBOARD} is no folder: move it, or name another workdir")
+    checkpoint.refuse_foreign(workdir, newest + 1, last)
+
+
+def begin(experiment: Experiment, tokenizer_directory: Path) -> None:
+    """Makes the bundle in the workdir, in place of a run that is to be forgotten."""
+    workdir = Path(experiment.workdir)
+    try:
+        for step in checkpoint.steps(workdir):
+            files.remove(workdir / str(step))
+        (workdir / METRICS).unlink(missing_ok=True)
+        checkpoint.create(workdir, to_json(experiment), tokenizer_directory)
+    except OSError as error:
+        raise UserError(f"workdir={workdir} cannot be written: {error.strerror}") from None
+
+
+def drop_newer(bundle: Bundle, step: int) -> None:
+    """Removes the steps after `step`: they are damaged, and the run writes them again."""
+    for newer in (s for s in bundle.steps() if s > step):
+        bundle.discard(newer)
+
+
+def check_data(
+    step: int, there: dict[str, str] | None, here: dict[str, str], changed: bool
+) -> None:
+    """Raises UserError if the data is not that of `step`, unless `changed` says that it may be.
+
+    Steps of an older version say nothing of their data.
+    """
+    differ = [split for split in here if there is not None and there.get(split) != here[split]]
+    if not differ:
+        return
+    what = " and ".join(differ)
+    if not changed:
+        raise UserError(
+            f"the {what} data is not what step {step} was trained on: it was prepared again from "
+            "other texts. Prepare it as it was, or name another workdir with train.start to begin "
+            "a new run from these weights; --config.train.data_changed=True goes on in the order "
+            "of the new data, at the position of the old"
+        )
+    log.warning("the %s data is not what step %d was trained on: it goes on in the new", what, step)
+
+
+def in_first_process(action: Callable[[], None]) -> None:
+    """Runs `action` in process 0; the others wait, and no process goes on if it fails there."""
+    error = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except UserError as raised:
+            error = raised
+    failed = bool(multihost_utils.broadcast_one_to_all(np.int32(error is not None)))
+    if failed:
+        raise error or UserError("process 0 could not begin: see its message")
 
 
 def choose_rules(experiment: Experiment, segments: Callable[[], np.ndarray]) -> Rules:
@@ -102,13 +180,6 @@ def choose_rules(experiment: Experiment, segments: Callable[[], np.ndarray]) -> 
         windows = [spec.mask.reach for spec in experiment.model.pattern]
         chosen = balance.choose(segments(), rules, windows)
     return dataclasses.replace(rules, layout=chosen)
-
-
-def has_steps(workdir: Path) -> bool:
-    """Whether a run saved something here, complete or not."""
-    return (workdir / checkpoint.CONFIG).is_file() and any(
-        path.name.isdecimal() for path in workdir.iterdir()
-    )
 
 
 def check_same(experiment: Experiment, workdir: Path) -> None:
@@ -148,19 +219,3 @@ def check_tokenizer(bundle: Bundle, store: TokenStore) -> None:
             f"({theirs[:12]}): the data was prepared again; prepare it as it was, name another "
             "workdir, or start again with --config.train.overwrite=True"
         )
-
-
-def clear(workdir: Path) -> None:
-    """Removes what a run wrote, but not its data."""
-    if not workdir.is_dir():
-        return
-    for path in workdir.iterdir():
-        if path.name.isdecimal() or path.name in (checkpoint.TOKENIZER, "tensorboard"):
-            shutil.rmtree(path)
-        elif path.name in (checkpoint.CONFIG, "metrics.jsonl"):
-            path.unlink()
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import jax
 
 from core import sharding
-from core.checkpoint import CONFIG, FILES
+from core.checkpoint import CONFIG
 from core.config import Experiment, to_dict
+from core.files import LISTING
 from infer import load
 from infer.config import BenchConfig
 from infer.load import Found
@@ -51,7 +52,7 @@ def find(experiment: Experiment) -> Source:
     if found is None:
         name = f"random, as {path} is no bundle{rounded.text(rounding)}"
         return Source(None, shapes, rounding, name, {"random": 0, **how})
-    saved = fingerprint(found.path / str(found.step) / FILES)
+    saved = fingerprint(found.path / str(found.step) / LISTING)
     depends = {"path": str(found.path), "step": found.step, "saved": saved, **how}
     name = f"{path} step {found.step}{rounded.text(rounding)}"
     return Source(found, shapes, rounding, name, depends)

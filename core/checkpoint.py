@@ -126,7 +126,7 @@ class Bundle:
                 os.replace(partial / str(step), self.path / str(step))
         except BaseException:  # the space is needed: most often the disk is full
             if jax.process_index() == 0:
-                files.clear_scratch(partial, keeps_listing=True)
+                files.clear_scratch(partial, keeps_mark=True)
             raise
         if jax.process_index() == 0:
             files.clear_scratch(partial)
@@ -222,7 +222,7 @@ def _is_number(name: str) -> bool:
 
 def refuse_folder(folder: Path) -> None:
     """Raises UserError if `folder`, where a step would be written, is not a step of ours."""
-    files.refuse_foreign(folder, "move it away, or name another workdir")
+    files.refuse_foreign(folder, "move it away, or name another workdir", proof=METADATA)
 
 
 def refuse_foreign(path: Path, first: int, last: int) -> None:
@@ -237,9 +237,7 @@ def refuse_foreign(path: Path, first: int, last: int) -> None:
     for folder in path.iterdir():
         if _is_number(folder.name) and first <= int(folder.name) <= last:
             refuse_folder(folder)
-    scratch = path / SAVING
-    if not (scratch / files.LISTING).is_file():
-        refuse_folder(scratch)
+    files.refuse_scratch(path / SAVING)
 
 
 def _is_experiment(path: Path) -> bool:

@@ -4,7 +4,7 @@
 
 A folder with such a listing was written here, whole: the listing is written last. Only what a
 listing names is ever removed or replaced, so what a user put beside it stays. Work under way has
-a folder of its own, which begins with an empty listing: what a killed run left can be removed.
+a folder of its own, with a mark in it: what a killed run left there can be removed.
 """
 
 import contextlib
@@ -16,7 +16,8 @@ from pathlib import Path
 
 from core.config import UserError
 
-LISTING, LOCK, PARTIAL = "files.json", ".lock", ".partial"
+LISTING, LOCK = "files.json", ".lock"
+PARTIAL, MARK = ".partial", ".cakrawala-work-under-way"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -50,10 +51,14 @@ def listing(folder: Path) -> dict[str, int] | None:
         return None
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
-    sizes = content.values() if isinstance(content, dict) else [None]
-    if not all(type(size) is int for size in sizes):
+    sizes = content.items() if isinstance(content, dict) else [("", None)]
+    if not all(_is_below(name) and type(size) is int for name, size in sizes):
         raise UserError(f"{path} is damaged: it does not list files and their bytes")
     return content
+
+
+def _is_below(name: str) -> bool:
+    return not os.path.isabs(name) and ".." not in Path(name).parts
 
 
 def damaged(folder: Path) -> str | None:
@@ -73,10 +78,11 @@ def damaged(folder: Path) -> str | None:
     return None
 
 
-def foreign(folder: Path) -> str | None:
+def foreign(folder: Path, proof: str = "") -> str | None:
     """Returns a path at or below `folder` that this program did not write, or None.
 
-    Without a listing that is any file. Hidden files are ignored: they stand in nobody's way.
+    Without a listing that is any file, and also if the listing does not name the file `proof`.
+    Hidden files are ignored: they stand in nobody's way.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         return str(folder)
@@ -84,23 +90,25 @@ def foreign(folder: Path) -> str | None:
         listed = listing(folder) or {}
     except UserError:
         return str(folder / LISTING)
+    if proof and proof not in listed:
+        listed = {}
     unlisted = (name for name in _sizes(folder) if name not in listed)
     return next((str(folder / n) for n in unlisted if not _is_hidden(n)), None)
 
 
-def refuse_foreign(folder: Path, remedy: str) -> None:
-    """Raises UserError, which ends with `remedy`, if `folder` holds what is not this program's."""
+def refuse_foreign(folder: Path, remedy: str, proof: str = "") -> None:
+    """Raises UserError, which ends with `remedy`, if `foreign` finds something in `folder`."""
     try:
         listing(folder)
     except UserError as error:
         raise UserError(f"{error}: {remedy}") from None
-    path = foreign(folder)
+    path = foreign(folder, proof)
     if path == str(folder):
         raise UserError(f"{folder} is in the way: it is no folder of this program's; {remedy}")
     if path is not None:
         raise UserError(
-            f"{folder} holds {os.path.relpath(path, folder)}, which this program did not write, or "
-            f"did not finish ({folder / LISTING} does not name it): {remedy}"
+            f"{folder} holds {os.path.relpath(path, folder)}, which this program did not write "
+            f"(no {LISTING} of its own names it there): {remedy}"
         )
 
 
@@ -117,33 +125,37 @@ def remove(folder: Path) -> None:
         folder.rmdir()
 
 
+def refuse_scratch(folder: Path) -> None:
+    """Raises UserError if `folder` is there and was not made by `scratch`."""
+    if folder.is_symlink() or not (folder / MARK).is_file():
+        refuse_foreign(folder, f"move {folder} away")
+
+
 def scratch(folder: Path) -> Path:
     """Makes an empty folder for work under way, in place of what a killed run left there.
 
-    Raises UserError if what is there was not begun by this function.
+    Raises UserError as `refuse_scratch` does.
     """
-    is_ours = (folder / LISTING).is_file() and not folder.is_symlink()
-    if foreign(folder) and not is_ours:
-        refuse_foreign(folder, f"move {folder} away")
+    refuse_scratch(folder)
     if folder.is_dir():
         clear_scratch(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / LISTING, "{}")
+    (folder / MARK).touch()
     return folder
 
 
-def clear_scratch(folder: Path, keeps_listing: bool = False) -> None:
-    """Removes a scratch folder. Its listing, the proof that it may be removed, goes last.
+def clear_scratch(folder: Path, keeps_mark: bool = False) -> None:
+    """Removes a scratch folder. Its mark, the proof that it may be removed, goes last.
 
-    With `keeps_listing` the folder and its listing stay: something may still write there.
+    With `keeps_mark` the folder and its mark stay: something may still write there.
     """
     for child in folder.iterdir():
         if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child, ignore_errors=keeps_listing)
-        elif child.name != LISTING:
+            shutil.rmtree(child, ignore_errors=keeps_mark)
+        elif child.name != MARK:
             child.unlink()
-    if not keeps_listing:
-        (folder / LISTING).unlink(missing_ok=True)
+    if not keeps_mark:
+        (folder / MARK).unlink(missing_ok=True)
         folder.rmdir()
 
 
@@ -181,10 +193,10 @@ def followed(path: Path) -> Path:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """The bytes of each file below `folder`, but for its listing and its lock."""
+    """The bytes of each file below `folder`, but for its listing, lock and mark."""
     paths = (p for p in sorted(folder.rglob("*")) if p.is_symlink() or not p.is_dir())
     sizes = {path.relative_to(folder).as_posix(): path.lstat().st_size for path in paths}
-    return {name: size for name, size in sizes.items() if name not in (LISTING, LOCK)}
+    return {name: size for name, size in sizes.items() if name not in (LISTING, LOCK, MARK)}
 
 
 def _is_hidden(name: str) -> bool:

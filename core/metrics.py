@@ -31,10 +31,7 @@ class MetricsWriter:
             again = evaluates_again and "eval_loss" in row
             return row["step"] < after_step + (not again)
 
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        # A killed run may have left half a line at the end.
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if stays(_row(path, line))]
+        kept = [line for line, row in read_rows(path) if stays(row)]
         files.write_text(path, "".join(kept))
         self._rows = path.open("a")
         self._events = SummaryWriter(str(directory / TENSORBOARD), purge_step=after_step + 1)
@@ -55,13 +52,25 @@ class MetricsWriter:
             self._events.close()
 
 
-def _row(path: Path, line: str) -> dict:
-    try:
-        row = json.loads(line)
-        if type(row["step"]) is int:
-            return row
-    except (ValueError, TypeError, KeyError, RecursionError):
-        pass
-    raise UserError(
-        f"{path} holds a line that is no row of ours: {line[:80].strip()!r}; move it away"
-    )
+def read_rows(path: Path) -> list[tuple[str, dict]]:
+    """Each line of the file, and the row that it holds; none if there is no file.
+
+    A killed run may have left half a line at the end, which is left out. Raises UserError for
+    another line that is no row of ours.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file: move it away, or name another workdir")
+    text = path.read_text(errors="replace") if path.exists() else ""
+    found = []
+    for line in (line for line in text.splitlines(keepends=True) if line.endswith("\n")):
+        try:
+            row = json.loads(line)
+            assert type(row["step"]) is int
+        except (ValueError, TypeError, KeyError, RecursionError, AssertionError):
+            shown = repr(line[:80].strip())
+            raise UserError(
+                f"{path} holds a line that is no row of a run: {shown}; move it away, or name "
+                "another workdir"
+            ) from None
+        found.append((line, row))
+    return found

@@ -50,7 +50,7 @@ def main(experiment: Experiment) -> dict[str, Any]:
             f"workdir={experiment.workdir}: {target} cannot be made: {error.strerror}; name another"
         ) from None
     with lock.hold(target, "name another workdir"):
-        files.refuse_foreign(target, "move it away, or name another workdir")
+        files.refuse_foreign(target, "move it away, or name another workdir", store.MANIFEST)
         try:
             manifest = write(experiment.data, target)
         except OSError as error:

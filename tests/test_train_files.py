@@ -24,9 +24,9 @@ def users(workdir):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"the only copy of {name}")
         kept[path] = path.read_bytes()
-    # A listing of another program, and one of ours that names nothing there.
+    # Listings of another program, one of them in the form of ours.
     (workdir / "2024" / LISTING).write_text('["photos/1.jpg"]')
-    (workdir / "1984" / LISTING).write_text("{}")
+    (workdir / "1984" / LISTING).write_text('{"novel.txt": 30}')
     return kept
 
 
@@ -39,11 +39,15 @@ def test_folders_that_are_called_like_steps_stay(tmp_path, finished):
     assert Bundle(workdir).steps() == [12] and Bundle(workdir).choose() == 12
 
 
-def in_the_way(name, content="mine"):
+def in_the_way(name, content="mine", **more):
+    """Writes a file into a workdir, and others of its folder."""
+
     def make(workdir):
         path = workdir / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(content)
+        for other, text in more.items():
+            (path.parent / other).write_text(text)
 
     return make
 
@@ -51,11 +55,19 @@ def in_the_way(name, content="mine"):
 HF = json.dumps({"model_type": "llama", "hidden_size": 64})
 FOREIGN = {
     "step": (in_the_way("4/notes.txt"), "holds notes.txt, which this program did not write"),
+    "step with a listing": (
+        lambda workdir: (
+            in_the_way("4/a")(workdir),
+            in_the_way(f"4/{LISTING}", '{"a": 4}')(workdir),
+        ),
+        "holds a, which this program did not write",
+    ),
     "step that is a file": (in_the_way("4"), "4 is in the way"),
     "tokenizer": (in_the_way("tokenizer/mine.json"), "tokenizer holds mine.json"),
     "saving": (in_the_way("saving/mine.txt"), "saving holds mine.txt"),
     "config of a checkpoint": (in_the_way("config.json", HF), "config.json is not the config of"),
     "config cut off": (in_the_way("config.json", '{"name": "ti'), "config.json is damaged"),
+    "saving with a listing": (in_the_way(f"saving/{LISTING}", "[]"), "files.json is damaged"),
     "metrics": (in_the_way("metrics.jsonl", "{}\n"), "metrics.jsonl is there, but no run of"),
     "tensorboard": (in_the_way("tensorboard"), "tensorboard is no folder"),
 }

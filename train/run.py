@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from core import checkpoint, files, sharding, tree
 from core.checkpoint import Bundle
 from core.config import Experiment, UserError, to_dict, to_json
-from core.metrics import METRICS, TENSORBOARD
+from core.metrics import METRICS, TENSORBOARD, read_rows
 from core.sharding import Rules
 from data import balance, tokenizer
 from data.store import TokenStore
@@ -65,9 +65,8 @@ def start(experiment: Experiment, train: TokenStore, validation: TokenStore) -> 
     resumes = not config.overwrite and bool(checkpoint.steps(workdir))
     if resumes:
         check_same(experiment, workdir)
-    complete = [
-        s for s in checkpoint.steps(workdir) if resumes and not files.damaged(workdir / str(s))
-    ]
+    there = checkpoint.steps(workdir) if resumes else []
+    complete = [step for step in there if not files.damaged(workdir / str(step))]
     check_own(workdir, complete[-1] if complete else 0, config.steps)
     # Before anything is written: a bundle that does not fit is refused with nothing lost.
     model = None if resumes or not config.start else initial.restore(experiment, train, rules)
@@ -110,6 +109,7 @@ def check_own(workdir: Path, newest: int, last: int) -> None:
             f"{workdir / METRICS} is there, but no run of this program: "
             "move it away, or name another workdir"
         )
+    read_rows(workdir / METRICS)
     if (workdir / TENSORBOARD).exists() and not (workdir / TENSORBOARD).is_dir():
         raise UserError(f"{workdir / TENSORBOARD} is no folder: move it, or name another workdir")
     checkpoint.refuse_foreign(workdir, newest + 1, last)
@@ -155,8 +155,10 @@ def check_data(
 
 
 def in_first_process(action: Callable[[], None]) -> None:
-    """Runs `action` in process 0; the others wait, and no process goes on if it fails there."""
+    """Runs `action` in process 0 when all have come here; no process goes on if it fails there."""
     error = None
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("first process")
     if jax.process_index() == 0:
         try:
             action()

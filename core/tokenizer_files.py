@@ -7,20 +7,30 @@ A bundle keeps the files as they are, and beside them `marks.json`: the ids of i
 partly stand in the config.json of the model. Reading text with them is up to data/tokenizer.py.
 """
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from core import tokenizer_model as sentencepiece_model
+from core import tokenizer_special
 from core.checkpoint import read_json
 from core.config import UserError
+from core.tokenizer_special import (
+    ADDED,
+    CONFIG,
+    JSON,
+    MODEL,
+    SPECIAL,
+    Marks,
+    added_tokens,
+    content_of,
+    optional,
+)
 
-JSON, MODEL, MARKS = "tokenizer.json", "tokenizer.model", "marks.json"
-CONFIG, SPECIAL, GENERATION = (
-    "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
-)  # fmt: skip
-ADDED = "added_tokens.json"
+MARKS, GENERATION = "marks.json", "generation_config.json"
 COPIED = (
     JSON, MODEL, CONFIG, SPECIAL, GENERATION, ADDED, "vocab.json", "merges.txt",
     "chat_template.jinja", "chat_template.json",
@@ -29,21 +39,6 @@ COPIED = (
 OTHER = ("vocab.json", "vocab.txt", "spiece.model", "tekken.json", "tiktoken.model")
 
 Kind = Literal["trained", "huggingface", "sentencepiece"]
-
-
-class Marks(NamedTuple):
-    """The ids of the marks."""
-
-    bos: int | None  # None: prompts do not start with one
-    eos: tuple[int, ...]  # any of them ends a text; the first stands between documents
-    pad: int | None
-
-
-class Added(NamedTuple):
-    """A token that was added to a vocabulary."""
-
-    id: int
-    special: bool | None  # None: nothing says so
 
 
 def kind(directory: str | Path) -> Kind | None:
@@ -90,6 +85,7 @@ def import_tokenizer(source: str | Path, target: str | Path) -> Marks | None:
     if kind(source) is None:
         return None
     found = marks(source)
+    check(source, found)
     _copy(source, target)
     if kind(source) != "trained":  # whose marks are always the same
         (target / MARKS).write_text(json.dumps(found._asdict()) + "\n")
@@ -144,27 +140,33 @@ def marks(directory: str | Path) -> Marks:
     if found == "trained":
         return Marks(sentencepiece_model.BOS, (sentencepiece_model.EOS,), sentencepiece_model.PAD)
     source = _Json(directory) if found == "huggingface" else _SentencePiece(directory)
-    try:
+    with _shaped(directory):
         eos, pad = (_model_ids(directory, name) or source.named(name) for name in ("eos", "pad"))
         return Marks(source.bos(), eos, pad[0] if pad else None)
-    except (LookupError, TypeError, AttributeError) as error:
+
+
+def check(directory: Path, found: Marks) -> None:
+    """UserError where one of the marks is an ordinary word, which any text may hold."""
+    holds = kind(directory)
+    with _shaped(directory):
+        if holds == "huggingface":
+            tokenizer_special.in_rules(read_json(directory / JSON), directory, found)
+        elif holds == "sentencepiece":
+            model = sentencepiece_model.read(directory / MODEL)
+            tokenizer_special.in_model(model, directory, found)
+
+
+@contextlib.contextmanager
+def _shaped(directory: Path) -> Iterator[None]:
+    """Makes a UserError of what goes wrong where files lack what a tokenizer's have."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"the files of {directory} are not those of a tokenizer: {error!r}; copy them again"
         ) from None
-
-
-def added_tokens(directory: Path) -> dict[str, Added]:
-    """Tokens that the files beside a tokenizer.model add to it, and which of them are special."""
-    tokens = {content: Added(i, None) for content, i in _optional(directory / ADDED).items()}
-    config = _optional(directory / SPECIAL) | _optional(directory / CONFIG)
-    for i, entry in config.get("added_tokens_decoder", {}).items():
-        tokens[entry["content"]] = Added(int(i), entry.get("special"))
-    for name, value in config.items():
-        if name.endswith("_token") or name == "additional_special_tokens":
-            for token in map(_token, value if isinstance(value, list) else [value]):
-                if token in tokens:
-                    tokens[token] = Added(tokens[token].id, True)
-    return tokens
 
 
 class _Json:
@@ -173,11 +175,11 @@ class _Json:
     def __init__(self, directory: Path):
         self._path = directory / JSON
         self._content = read_json(self._path)
-        self._config = _optional(directory / SPECIAL) | _optional(directory / CONFIG)
+        self._config = optional(directory / SPECIAL) | optional(directory / CONFIG)
 
     def named(self, name: str) -> tuple[int, ...]:
         """() or the id of the token that is called `name` beside it."""
-        token = _token(self._config.get(f"{name}_token"))
+        token = content_of(self._config.get(f"{name}_token"))
         return () if token is None else (self._id(token),)
 
     def bos(self) -> int | None:
@@ -214,11 +216,11 @@ class _SentencePiece:
         self._spec = model.trainer_spec
         self._ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
         self._ids |= {content: added.id for content, added in added_tokens(directory).items()}
-        self._config = _optional(directory / SPECIAL) | _optional(directory / CONFIG)
+        self._config = optional(directory / SPECIAL) | optional(directory / CONFIG)
 
     def named(self, name: str) -> tuple[int, ...]:
         """() or the id of the mark, of the files beside the model or of itself."""
-        token = _token(self._config.get(f"{name}_token"))
+        token = content_of(self._config.get(f"{name}_token"))
         if token is None:
             spec = self._spec
             i = {"bos": spec.bos_id, "eos": spec.eos_id, "pad": spec.pad_id}[name]
@@ -236,8 +238,8 @@ class _SentencePiece:
 
 def _model_ids(directory: Path, name: str) -> tuple[int, ...]:
     """Ids that the files of the model give to a mark; () when they do not tell."""
-    config = _optional(directory / "config.json")
-    for told in (_optional(directory / GENERATION), config, config.get("text_config", {})):
+    config = optional(directory / "config.json")
+    for told in (optional(directory / GENERATION), config, config.get("text_config", {})):
         value = told.get(f"{name}_token_id")
         ids = tuple(value) if isinstance(value, list) else (value,)
         if all(type(i) is int and i >= 0 for i in ids) and ids:  # -1 stands for none
@@ -260,16 +262,6 @@ def _before(processor: dict[str, Any] | None) -> list[int]:
                 break
             ids += processor["special_tokens"][part["SpecialToken"]["id"]]["ids"]
     return ids
-
-
-def _token(value: Any) -> str | None:
-    """A token as these files write it: text, or an object with its content."""
-    value = value["content"] if isinstance(value, dict) else value
-    return value if isinstance(value, str) and value else None
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ stream = tokenizer.stream()
 """
 
 import abc
+import codecs
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -16,15 +17,50 @@ from core.config import UserError
 
 
 class Stream(abc.ABC):
-    """Decodes token by token: what it returns adds up to `decode` of all ids."""
+    """Decodes token by token: what it returns adds up to `decode` of all ids.
+
+    After a prompt it returns what the text of both has beyond that of the prompt, and the
+    character that the prompt leaves unfinished if these tokens complete it:
+
+        prompt  61 e2 82      "a", and U+FFFD for half a character
+        new     ac 62         the euro sign and "b"
+        or new  62            "b"
+    """
 
     @abc.abstractmethod
     def push(self, token: int) -> str:
         """The text that this token completes, often empty; never half a character."""
 
     @abc.abstractmethod
+    def skip(self, tokens: Iterable[int]) -> None:
+        """Takes a prompt, before all other tokens."""
+
+    @abc.abstractmethod
     def flush(self) -> str:
         """What was held back: U+FFFD for a character that never came to its end."""
+
+
+class Utf8:
+    """Reads bytes that come in parts as UTF-8, whose errors become U+FFFD."""
+
+    def __init__(self):
+        self._reader = codecs.getincrementaldecoder("utf-8")("replace")
+        self._half = b""  # of a character, from the prompt, as long as it lacks its end
+
+    def read(self, raw: bytes, final: bool = False) -> str:
+        """Returns the characters that `raw` completes; `final`: no byte follows."""
+        text = self._reader.decode(raw, final)
+        if self._half:
+            self._half += raw
+            if text:
+                is_broken = text[0] == "\ufffd" and not self._half.startswith(b"\xef\xbf\xbd")
+                self._half = b""
+                return text[is_broken:]  # the text of the prompt has that U+FFFD
+        return text
+
+    def settle(self) -> None:
+        """Ends the prompt."""
+        self._half, _ = self._reader.getstate()
 
 
 class Tokenizer(abc.ABC):
@@ -55,9 +91,14 @@ class Tokenizer(abc.ABC):
         """The text of the ids; bytes that are not UTF-8 become U+FFFD, marks disappear."""
         return self._decode(checked(ids, self.vocab_size))
 
-    @abc.abstractmethod
     def stream(self, after: Iterable[int] = ()) -> Stream:
         """Decodes tokens that come one by one, to continue the text of the ids `after`."""
+        stream = self._stream()
+        stream.skip(after)
+        return stream
+
+    @abc.abstractmethod
+    def _stream(self) -> Stream: ...
 
     @abc.abstractmethod
     def _encode(self, texts: Sequence[str], special: bool) -> list[Sequence[int]]: ...
@@ -73,6 +114,12 @@ def checked(ids: Iterable[int], vocab_size: int) -> list[int]:
     if wrong:
         raise UserError(f"token {wrong[0]} is not in the vocabulary of {vocab_size}")
     return ids
+
+
+def overlap(text: str, pattern: str) -> int:
+    """Returns the length of the longest end of `text` that `pattern` starts with, but is not."""
+    longest = min(len(text), len(pattern) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(pattern[:n])), 0)
 
 
 def encode_around(

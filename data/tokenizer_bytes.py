@@ -1,11 +1,10 @@
 """Text of ids by a table of bytes: what the two kinds of SentencePiece models share."""
 
-import codecs
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from core.tokenizer_model import BYTE, CONTROL, SPACE, ModelProto
-from data.tokenizer_base import Stream, checked
+from data.tokenizer_base import Stream, Utf8, checked
 
 
 class Surface(NamedTuple):
@@ -30,16 +29,24 @@ class Surface(NamedTuple):
 class ByteStream(Stream):
     """Holds back the bytes of half a character."""
 
-    def __init__(self, surface: Surface, begun: bool = False):
-        self._surface, self._begun = surface, begun
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    def __init__(self, surface: Surface):
+        self._surface, self._begun = surface, False
+        self._utf8 = Utf8()
 
     def push(self, token: int) -> str:
-        raw, self._begun = self._surface.to_bytes([token], self._begun)
-        return self._decoder.decode(raw)
+        return self.take([token])
+
+    def skip(self, tokens: Iterable[int]) -> None:
+        self.take(tokens)
+        self._utf8.settle()
+
+    def take(self, tokens: Iterable[int]) -> str:
+        """Returns the text that these tokens complete."""
+        raw, self._begun = self._surface.to_bytes(tokens, self._begun)
+        return self._utf8.read(raw)
 
     def flush(self) -> str:
-        return self._decoder.decode(b"", final=True)
+        return self._utf8.read(b"", final=True)
 
 
 def piece_bytes(model: ModelProto) -> list[bytes]:

@@ -1,49 +1,51 @@
 """A `tokenizer.json`, read by the `tokenizers` library: Llama 3, GPT-2, Falcon, Qwen, Gemma.
 
-Special are the added tokens that the file calls so; their spelling in a text stays text.
+Special are the tokens that it or a file beside it calls so; their spelling in a text stays text.
 """
 
 import functools
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
-from core import tokenizer_files
+from core import tokenizer_files, tokenizer_special
+from core.checkpoint import read_json
 from core.config import UserError
-from core.tokenizer_files import Marks
-from data.tokenizer_base import Stream, Tokenizer, checked
-
-CONTEXT = 16  # tokens before a stream that decide how it begins: one that is not a mark would do
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+from core.tokenizer_model import SPACE
+from core.tokenizer_special import Marks
+from data.tokenizer_base import Stream, Tokenizer
+from data.tokenizer_decoder import Decoder, byte_alphabet
 
 
 class HuggingFace(Tokenizer):
-    """The rules and the vocabulary of a tokenizer.json."""
+    """The rules and the vocabulary of a tokenizer.json, in which special tokens are told."""
 
-    def __init__(self, content: bytes, marks: Marks):
-        self._content = content
-        rules = json.loads(content)
+    def __init__(self, rules: dict[str, Any], marks: Marks):
+        self._rules = rules
         self.bos, self.eos, self.pad = marks
         self._plain = self._build(spelled=True)
         vocabulary = self._plain.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
         self.fingerprint = _fingerprint(rules, marks)
-        special = {t["content"]: t["id"] for t in rules["added_tokens"] if t["special"]}
+        special = {
+            t["content"]: vocabulary[t["content"]] for t in rules["added_tokens"] if t["special"]
+        }
         self._special = frozenset(special.values())
         # Unknown characters may make the token for them. Nothing else in text makes a special one.
-        unknown = rules["model"].get("unk_token")
+        unknown = tokenizer_special.unknown_token(rules["model"])
         self._forged = {i: content for content, i in special.items() if content != unknown}
-        falls_back = '"ByteFallback"' in json.dumps(rules.get("decoder"))
-        self._bytes = frozenset(
-            i for token, i in vocabulary.items() if falls_back and _BYTE.fullmatch(token)
-        )
+        self._unknown = special.get(unknown, -1), unknown or ""
+        self._decoder = Decoder(rules.get("decoder"))
+        self._spellings: list[str | None] = [None] * self.vocab_size  # None: it says nothing
+        for content, i in vocabulary.items():
+            self._spellings[i] = None if i in self._special else content
 
     def _build(self, spelled: bool) -> tokenizers.Tokenizer:
-        model = tokenizers.Tokenizer.from_str(self._content.decode())
+        model = tokenizers.Tokenizer.from_str(json.dumps(self._rules))
         model.no_truncation()
         model.no_padding()
         model.encode_special_tokens = spelled
@@ -54,74 +56,57 @@ class HuggingFace(Tokenizer):
         """The same with special tokens read from text; few ask for it."""
         return self._build(spelled=False)
 
-    def stream(self, after: Iterable[int] = ()) -> Stream:
-        before = [i for i in checked(after, self.vocab_size) if i not in self._special]
-        return WindowStream(self, before[-CONTEXT:])
+    def _stream(self) -> Stream:
+        return self._decoder.stream(self._spellings)
 
     def _encode(self, texts: Sequence[str], special: bool) -> list[Sequence[int]]:
         model = self._marking if special else self._plain
         found = model.encode_batch_fast(list(texts), add_special_tokens=False)
         if special:
             return [each.ids for each in found]
-        return [self._spelled(each.ids) for each in found]
+        return [self._spelled(text, each.ids) for text, each in zip(texts, found, strict=True)]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._plain.decode(ids, skip_special_tokens=True)
+        stream = self._decoder.stream(self._spellings)
+        return stream.take(ids) + stream.flush()
 
-    def _spelled(self, ids: list[int]) -> list[int]:
-        """`ids` with special tokens taken apart: a model may have made one of its characters."""
-        if self._forged.keys().isdisjoint(ids):
+    def _spelled(self, text: str, ids: list[int]) -> list[int]:
+        """`ids` with special tokens taken apart: a model may have made one of its characters.
+
+        UserError where the characters have no tokens of their own.
+        """
+        unknown, content = self._unknown
+        spells_unknown = unknown in ids and content in self._normal(text)
+        if not spells_unknown and self._forged.keys().isdisjoint(ids):
             return ids
-        return [j for i in ids for j in (self._letters(i) if i in self._forged else (i,))]
-
-    def _letters(self, i: int) -> list[int]:
-        content = self._forged[i]
-        ids = [token.id for char in content for token in self._plain.model.tokenize(char)]
-        if not self._special.isdisjoint(ids) or content not in self._decode(ids):
+        parts = [(i,) if i not in self._forged else self._letters(self._forged[i]) for i in ids]
+        if None in parts:
+            content = self._forged[ids[parts.index(None)]]
             raise UserError(
                 f"the tokenizer has no way to write {content!r}, which stands in a text, but as "
                 "the special token: take it out of the text"
             )
-        return ids
+        if spells_unknown:  # not every token for unknown characters stands for some
+            offsets = self._plain.encode(text, add_special_tokens=False).offsets
+            for n, (start, end) in enumerate(offsets):
+                spelled = self._normal(text[start:end]).strip(f" {SPACE}")
+                if ids[n] == unknown and spelled == content:
+                    parts[n] = self._letters(content) or (unknown,)
+        return [i for part in parts for i in part]
 
+    def _normal(self, text: str) -> str:
+        rules = self._plain.normalizer
+        return text if rules is None else rules.normalize_str(text)
 
-class WindowStream(Stream):
-    """Shows what the tokens since the last text add to the text before, once it is whole.
-
-    Decoding is not token by token: the space at the start of a text goes, and the bytes of a run
-    of byte tokens stand or fall together. So a window begins one text earlier, and a run is held
-    until it ends.
-    """
-
-    def __init__(self, tokenizer: HuggingFace, before: list[int]):
-        self._tokenizer = tokenizer
-        self._shown, self._new = before, []
-        # Half a character before the first token is made whole by it.
-        self._before = self._decode(before).rstrip("\ufffd")
-
-    @property
-    def _decode(self) -> Callable[[list[int]], str]:
-        return self._tokenizer._decode
-
-    def push(self, token: int) -> str:
-        (token,) = checked([token], self._tokenizer.vocab_size)
-        if token in self._tokenizer._special:
-            return ""
-        self._new.append(token)
-        if token in self._tokenizer._bytes:
-            return ""
-        text = self._decode(self._shown + self._new)
-        if text.endswith("\ufffd") or len(text) == len(self._before):
-            return ""
-        shown = text[len(self._before) :]
-        self._shown, self._new = self._new, []
-        self._before = self._decode(self._shown)
-        return shown
-
-    def flush(self) -> str:
-        text = self._decode(self._shown + self._new)[len(self._before) :]
-        self._new = []
-        return text
+    def _letters(self, content: str) -> list[int] | None:
+        """The ids of the characters of a special token; None if they have none."""
+        letters = content
+        if self._decoder.is_byte_level:  # a vocabulary of bytes
+            char_of = {byte: char for char, byte in byte_alphabet().items()}
+            letters = [char_of[byte] for byte in content.encode()]
+        ids = [token.id for char in letters for token in self._plain.model.tokenize(char)]
+        whole = self._special.isdisjoint(ids) and content in self._decode(ids)
+        return ids if whole else None
 
 
 def load(directory: Path) -> HuggingFace:
@@ -129,7 +114,7 @@ def load(directory: Path) -> HuggingFace:
     path = directory / tokenizer_files.JSON
     marks = tokenizer_files.marks(directory)
     try:
-        return HuggingFace(path.read_bytes(), marks)
+        return HuggingFace(tokenizer_special.in_rules(read_json(path), directory, marks), marks)
     except UserError:
         raise
     except Exception as error:  # the library raises no narrower class

@@ -6,44 +6,33 @@ that a model matches in text (Gemma: <start_of_turn>) do neither if they are mar
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
 
-from core import tokenizer_files, tokenizer_model
+from core import tokenizer_files, tokenizer_model, tokenizer_special
 from core.config import UserError
-from core.tokenizer_files import Added, Marks
-from core.tokenizer_model import CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, ModelProto
+from core.tokenizer_model import CONTROL, SPACE, UNKNOWN, ModelProto
+from core.tokenizer_special import Added, Marks, is_mark
 from data.tokenizer_base import Stream, Tokenizer, encode_around
 from data.tokenizer_bytes import ByteStream, Surface, piece_bytes
 
-# What looks like a mark is one, <unused0> and [INST] alike, but for the tags of HTML that models
-# of web pages have among their symbols. <s> is not in the list: it is a mark in most models.
-_MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
-_HTML = re.compile(
-    r"</?(a|b|big|blockquote|body|br|caption|code|dd|del|div|dl|dt|em|h[1-6]|head|hr|html|i|img|"
-    r"ins|kbd|li|ol|p|pre|small|span|strong|sub|sup|table|tbody|td|tfoot|th|thead|tr|tt|u|ul)>"
-)
-
 
 class SentencePiece(Tokenizer):
-    """A model as its authors trained it, with the tokens that files beside it add."""
+    """A model as its authors trained it, with the tokens that files beside it add.
+
+    Its special pieces are control symbols.
+    """
 
     def __init__(self, model: ModelProto, added: dict[str, Added], marks: Marks):
-        if model.denormalizer_spec.precompiled_charsmap:
-            raise UserError("it has a denormaliser, which is not supported")
-        if model.trainer_spec.treat_whitespace_as_suffix:
-            raise UserError("it writes spaces after words, which is not supported")
         self.bos, self.eos, self.pad = marks
-        model = _with_marks(model, added)
         size = len(model.pieces)
         beyond = {content: token for content, token in added.items() if token.id >= size}
         self.vocab_size = 1 + max([size - 1, *(token.id for token in beyond.values())])
         self.fingerprint = _fingerprint(model, beyond, marks)
 
-        special = {content: t.id for content, t in beyond.items() if _is_mark(content, t)}
+        special = {content: t.id for content, t in beyond.items() if is_mark(content, added)}
         self._always = {c: t.id for c, t in beyond.items() if c not in special}
         controls = {p.piece: i for i, p in enumerate(model.pieces) if p.type == CONTROL}
         self._asked = controls | special | self._always
@@ -55,8 +44,8 @@ class SentencePiece(Tokenizer):
             model.normalizer_spec.add_dummy_prefix = False
             self._rest = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
-    def stream(self, after: Iterable[int] = ()) -> Stream:
-        return ByteStream(self._surface, self._surface.to_bytes(after, begun=False)[1])
+    def _stream(self) -> Stream:
+        return ByteStream(self._surface)
 
     def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         tokens = self._asked if special else self._always
@@ -70,33 +59,16 @@ def load(directory: Path) -> SentencePiece:
     """The tokenizer.model in `directory`; UserError when it is damaged."""
     path = directory / tokenizer_files.MODEL
     model = tokenizer_model.read(path)
+    if model.denormalizer_spec.precompiled_charsmap:
+        raise UserError(f"{path}: it has a denormaliser, which is not supported")
+    if model.trainer_spec.treat_whitespace_as_suffix:
+        raise UserError(f"{path}: it writes spaces after words, which is not supported")
     try:
-        added = tokenizer_files.added_tokens(directory)
-        return SentencePiece(model, added, tokenizer_files.marks(directory))
+        marks = tokenizer_files.marks(directory)
+        model = tokenizer_special.in_model(model, directory, marks)
+        return SentencePiece(model, tokenizer_special.added_tokens(directory, marks), marks)
     except RuntimeError as error:
         raise UserError(f"{path} is not a SentencePiece model: {error}") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def _is_mark(piece: str, told: Added | None) -> bool:
-    """What files beside the model say, else by its looks."""
-    if told is not None and told.special is not None:
-        return told.special
-    return bool(_MARK.fullmatch(piece)) and not _HTML.fullmatch(piece)
-
-
-def _with_marks(model: ModelProto, added: dict[str, Added]) -> ModelProto:
-    """A copy whose marks are all control symbols: these never come from text."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    for piece in copy.pieces:
-        told = added.get(piece.piece)
-        if piece.type == USER_DEFINED and _is_mark(piece.piece, told):
-            piece.type = CONTROL
-        elif piece.type == NORMAL and told is not None and told.special:
-            piece.type = CONTROL  # the model may have learned it as a word, its users do not
-    return copy
 
 
 def _surface(model: ModelProto, always: dict[str, int], vocab_size: int) -> Surface:

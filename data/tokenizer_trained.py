@@ -40,7 +40,7 @@ class Trained(Tokenizer):
         table[UNK] = b""  # bytes spell what no piece does
         self._surface = Surface(table)
 
-    def stream(self, after: Iterable[int] = ()) -> Stream:
+    def _stream(self) -> Stream:
         return TrainedStream(ByteStream(self._surface))
 
     def to_bytes(self, ids: Iterable[int]) -> bytes:
@@ -71,18 +71,28 @@ class Trained(Tokenizer):
 class TrainedStream(Stream):
     """Takes the escape back, half of which may be the end of a token."""
 
-    def __init__(self, escaped: Stream):
+    def __init__(self, escaped: ByteStream):
         self._escaped = escaped
         self._held = ""  # an ESCAPE whose second half is still to come
+        self._shown = 0  # characters of it that the text of the prompt has
 
     def push(self, token: int) -> str:
         return self._emit(self._escaped.push(token))
 
+    def skip(self, tokens: Iterable[int]) -> None:
+        self._emit(self._escaped.take(tokens))
+        self._escaped.skip(())
+        self._shown = len(self._held)
+
     def flush(self) -> str:
-        return self._emit(self._escaped.flush()) + self._held
+        return self._emit(self._escaped.flush()) + self._held[self._shown :]
 
     def _emit(self, text: str) -> str:
-        text = self._held + text
+        if not text:
+            return ""
+        if text[0] in "01":
+            self._shown = 0  # the ESCAPE becomes another character
+        text, self._shown = (self._held + text)[self._shown :], 0
         self._held = ESCAPE if text.endswith(ESCAPE) else ""
         return unescape(text.removesuffix(self._held))
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from core.config import UserError
-from data.tokenizer_base import Tokenizer
+from data.tokenizer_base import Tokenizer, overlap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +110,18 @@ class Writer:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], after: Sequence[int] = ()):
-        """`after`: the tokens that the row continues, on which a space may depend."""
+        """`after`: the tokens that the row continues.
+
+        A space may depend on them, and they may end within a character.
+        """
         self._stream, self._stop = tokenizer.stream(after), stop
-        self._held = ""
-        self.text, self.stopped = "", False
+        self._held, self._shown = "", []
+        self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """All that was shown."""
+        return "".join(self._shown)
 
     def push(self, token: int) -> str:
         """What may be shown after this token; `stopped` tells that a stop string is complete."""
@@ -123,7 +131,7 @@ class Writer:
         """What was held back: the row has ended without a stop string."""
         shown = self._show(self._stream.flush())
         rest, self._held = ("" if self.stopped else self._held), ""
-        self.text += rest
+        self._shown.append(rest)
         return shown + rest
 
     def _show(self, new: str) -> str:
@@ -135,13 +143,7 @@ class Writer:
         if found:
             self.stopped, shown, self._held = True, text[: min(found)[1]], ""
         else:
-            hold = max((_overlap(text, stop) for stop in self._stop), default=0)
+            hold = max((overlap(text, stop) for stop in self._stop), default=0)
             shown, self._held = text[: len(text) - hold], text[len(text) - hold :]
-        self.text += shown
+        self._shown.append(shown)
         return shown
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` starts with."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

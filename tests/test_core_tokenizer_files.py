@@ -23,7 +23,7 @@ def test_what_is_imported_is_exported_unchanged(tmp_path, make):
     source = make(tmp_path / "hf")
     (source / "chat_template.jinja").write_text("{{ messages }}")
     before = contents(source)
-    cases.write(source / "config.json", {"eos_token_id": 5, "pad_token_id": 6})
+    cases.write(source / "config.json", {"eos_token_id": 2, "pad_token_id": 6})
     (source / "model.safetensors").write_bytes(b"weights")
     marks = files.import_tokenizer(source, tmp_path / "bundle/tokenizer")
     inside = contents(tmp_path / "bundle/tokenizer")
@@ -84,7 +84,6 @@ EOS = {
         dict(generation_config={}, special_tokens_map={"eos_token": {"content": "<|turn|>"}}),
         (302,),
     ),
-    "piece": (dict(generation_config={}, tokenizer_config={"eos_token": "!"}), (0,)),
 }
 
 

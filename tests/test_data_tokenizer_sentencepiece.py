@@ -83,15 +83,14 @@ def test_symbols_that_are_marks_do_not_come_from_text(gemma):
 def test_files_beside_the_model_say_which_symbols_are_marks(gemma, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((gemma / "tokenizer.model").read_bytes())
     other = cases.library(gemma)
-    word = next(t for t in map(other.id_to_piece, range(270, 300)) if t.isalpha() and len(t) > 1)
-    entries = {"<table>": True, "[INST]": False, word: True}
-    text = f"{word}<table>[INST]"
-    assert [other.piece_to_id(t) in other.encode(text) for t in entries] == [True] * 3
+    entries = {"<table>": True, "[INST]": False}
+    text = "<table>[INST]"
+    assert [other.piece_to_id(t) in other.encode(text) for t in entries] == [True] * 2
     decoder = {other.piece_to_id(t): {"content": t, "special": s} for t, s in entries.items()}
     cases.write(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": decoder})
     model = tokenizer.load(tmp_path)
     ids = model.encode(text).tolist()
-    assert [other.piece_to_id(t) in ids for t in entries] == [False, True, False]
+    assert [other.piece_to_id(t) in ids for t in entries] == [False, True]
     assert model.decode(ids) == text
 
 

@@ -64,10 +64,10 @@ def added_tokens(directory: Path, marks: Marks | None = None) -> dict[str, Added
     for i, entry in optional(directory / CONFIG).get("added_tokens_decoder", {}).items():
         tokens[entry["content"]] = Added(int(i), entry.get("special"))
     special, ids = named(directory), _by_id(marks) if marks else ()
-    return {
-        content: Added(entry.id, True if content in special or entry.id in ids else entry.special)
-        for content, entry in tokens.items()
-    }
+    for content, entry in tokens.items():
+        if content in special or (entry.id in ids and not is_mark(content, tokens)):
+            tokens[content] = Added(entry.id, True)
+    return tokens
 
 
 def named(directory: Path) -> dict[str, Named]:

@@ -1,6 +1,7 @@
 """Special is what any file of a tokenizer calls so: no text makes it, no output shows it."""
 
 import json
+import shutil
 import unicodedata
 
 import pytest
@@ -54,10 +55,7 @@ def _write(folder, token, i, way):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_any_file_calls_special(tmp_path, made, kind, way):
-    folder, (_, token, i) = tmp_path / "hf", KINDS[kind]
-    folder.mkdir()
-    for path in made[kind].iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder, (_, token, i) = shutil.copytree(made[kind], tmp_path / "hf"), KINDS[kind]
     plain = tokenizer.load(folder)
     assert plain.decode([i]) == token and i in plain.encode(f"a{token}b")
     _write(folder, token, i, way)
@@ -89,16 +87,13 @@ def made(tmp_path_factory):
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "own field"])
 @pytest.mark.parametrize("kind", ["byte level", "gemma"])
-def test_an_ordinary_word_is_refused(tmp_path, kind, way):
-    folder = KINDS[kind][0](tmp_path / "hf")
+def test_an_ordinary_word_is_refused(tmp_path, made, kind, way):
+    folder, word, i = shutil.copytree(made[kind], tmp_path / "hf"), "!", 0
     if kind == "gemma":
-        word = next(
-            t for t in map(cases.library(folder).id_to_piece, range(270, 300)) if t.isalpha()
-        )
-        _write(folder, word, cases.library(folder).piece_to_id(word), way)
-    else:
-        word = "!"
-        _write(folder, word, 0, way)
+        library = cases.library(folder)
+        word = next(t for t in map(library.id_to_piece, range(270, 300)) if t.isalpha())
+        i = library.piece_to_id(word)
+    _write(folder, word, i, way)
     name = "model" if kind == "gemma" else "json"
     message = rf"tokenizer.{name}: .* makes {word!r} a special token, but here it is an ordinary"
     with pytest.raises(
@@ -108,6 +103,20 @@ def test_an_ordinary_word_is_refused(tmp_path, kind, way):
     with pytest.raises(UserError, match=message):
         tokenizer_files.import_tokenizer(folder, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_reserved_word_is_spelled_otherwise(tmp_path):
+    """What the refusal advises: the model makes the word whole, and text gets its letters."""
+    folder = cases.byte_level(tmp_path)
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    rules["model"] |= {"ignore_merges": True, "vocab": rules["model"]["vocab"] | {"endoftext": 304}}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    rules["added_tokens"] += [{"id": 304, "content": "endoftext", "special": True, **flags}]
+    cases.write(folder / "tokenizer.json", rules)
+    cases.write(folder / "generation_config.json", {"eos_token_id": 304})
+    model = tokenizer.load(folder)
+    assert model.eos == (304,) and 304 not in model.encode("endoftext")
+    assert model.decode(model.encode("endoftext")) == "endoftext"
 
 
 def test_what_no_text_needs_may_be_an_ordinary_word(tmp_path):

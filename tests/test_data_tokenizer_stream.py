@@ -169,11 +169,11 @@ def test_endless_bytes_come_at_once(models, name):
     model, _ = models[name]
     half = model.encode("\U0001f680").tolist()[-3:-1]
     stream = model.stream(half * 50)
-    pieces = [stream.push(i) for i in half * 5000]
+    pieces = [stream.push(i) for i in half * 500]
     assert all(
         "\ufffd" in first + second for first, second in zip(pieces, pieces[1:], strict=False)
     )
-    assert len("".join(pieces)) + 2 >= len(model.decode(half * 5000))
+    assert len("".join(pieces)) + 2 >= len(model.decode(half * 500))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Prompts and texts with tokenizers of others: no bos, hidden spaces."""
 
 import infer_cases as cases
+import numpy as np
 import pytest
 import tokenizer_cases
 
@@ -33,3 +34,14 @@ def test_the_space_after_a_prompt_is_shown(tmp_path):
     row = rows.writer(prompt, Sampling(stop=("dog",)), llama2)
     new = llama2.encode("The fox dog")[len(prompt.tokens) - 1 :].tolist()
     assert "".join(map(row.push, new)) + row.flush() == " fox "
+
+
+def test_a_stop_string_in_the_character_that_the_prompt_begins(tmp_path):
+    llama = tokenizers.load(tokenizer_cases.llama_json(tmp_path))
+    ids = llama.encode("a\u1b13\ufffd b").tolist()
+    prompt = text.Prompt(None, np.array(ids[:3]))  # the space before the text, "a", a byte
+    assert llama.decode(prompt.tokens) == "a\ufffd"
+    for stop, shown in (((), "\u1b13\ufffd b"), (("\u1b13",), ""), (("\ufffd ",), "\u1b13")):
+        row = rows.writer(prompt, Sampling(stop=stop), llama)
+        assert "".join(map(row.push, ids[3:])) + row.flush() == row.text == shown
+        assert row.stopped == bool(stop)

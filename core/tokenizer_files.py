@@ -132,15 +132,19 @@ def marks(directory: str | Path) -> Marks:
     if (directory / MARKS).is_file():
         told = read_json(directory / MARKS)
         try:
-            return Marks(told["bos"], tuple(told["eos"]), told["pad"])
+            found = Marks(told["bos"], tuple(told["eos"]), told["pad"])
+            ids = [*found.eos, *(i for i in (found.bos, found.pad) if i is not None)]
+            if any(type(i) is not int or i < 0 for i in ids):
+                raise TypeError(ids)
+            return found
         except (KeyError, TypeError):
             path = directory / MARKS
             raise UserError(f"{path} is damaged: import the tokenizer again") from None
     found = kind(directory)
     if found == "trained":
         return Marks(sentencepiece_model.BOS, (sentencepiece_model.EOS,), sentencepiece_model.PAD)
-    source = _Json(directory) if found == "huggingface" else _SentencePiece(directory)
-    with _shaped(directory):
+    with shaped(directory):
+        source = _Json(directory) if found == "huggingface" else _SentencePiece(directory)
         eos, pad = (_model_ids(directory, name) or source.named(name) for name in ("eos", "pad"))
         return Marks(source.bos(), eos, pad[0] if pad else None)
 
@@ -148,7 +152,7 @@ def marks(directory: str | Path) -> Marks:
 def check(directory: Path, found: Marks) -> None:
     """UserError where one of the marks is an ordinary word, which any text may hold."""
     holds = kind(directory)
-    with _shaped(directory):
+    with shaped(directory):
         if holds == "huggingface":
             tokenizer_special.in_rules(read_json(directory / JSON), directory, found)
         elif holds == "sentencepiece":
@@ -157,7 +161,7 @@ def check(directory: Path, found: Marks) -> None:
 
 
 @contextlib.contextmanager
-def _shaped(directory: Path) -> Iterator[None]:
+def shaped(directory: Path) -> Iterator[None]:
     """Makes a UserError of what goes wrong where files lack what a tokenizer's have."""
     try:
         yield

@@ -31,6 +31,7 @@ _HTML = re.compile(
 _ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 _DECODER = "added_tokens_decoder"
+_MOST = 1 << 24  # tokens that a vocabulary may have; no model comes near it
 
 
 class Marks(NamedTuple):
@@ -61,8 +62,11 @@ _NOWHERE = Named("", False)
 def added_tokens(directory: Path, marks: Marks | None = None) -> dict[str, Added]:
     """Tokens that the files beside a tokenizer.model add to it, and which of them are special."""
     tokens = {content: Added(i, None) for content, i in optional(directory / ADDED).items()}
-    for i, entry in optional(directory / CONFIG).get("added_tokens_decoder", {}).items():
+    for i, entry in _decoder(directory).items():
         tokens[entry["content"]] = Added(int(i), entry.get("special"))
+    for content, entry in tokens.items():
+        if type(entry.id) is not int or not 0 <= entry.id < _MOST:
+            raise ValueError(f"{content!r} has the id {entry.id!r}")
     special, ids = named(directory), _by_id(marks) if marks else ()
     for content, entry in tokens.items():
         if content in special or (entry.id in ids and not is_mark(content, tokens)):
@@ -82,10 +86,16 @@ def named(directory: Path) -> dict[str, Named]:
     return found
 
 
+def _decoder(directory: Path) -> dict[str, Any]:
+    """The added tokens of tokenizer_config.json by their ids."""
+    return optional(directory / CONFIG).get(_DECODER) or {}
+
+
 def _contents(field: str, value: Any) -> Iterator[str]:
     """The tokens that a field of a file calls special."""
     if field == _DECODER:
-        yield from (entry["content"] for entry in value.values() if entry.get("special"))
+        entries = (value or {}).values()
+        yield from (entry["content"] for entry in entries if entry.get("special"))
     elif field in _LISTS or field.endswith("_token"):
         if field in _LISTS and isinstance(value, dict):  # {"image_token": "<image>"}
             value = list(value.values())
@@ -100,7 +110,7 @@ def in_rules(rules: dict[str, Any], directory: Path, marks: Marks) -> dict[str, 
     """
     words, added = _words(rules["model"]), {t["content"]: t["id"] for t in rules["added_tokens"]}
     contents = {i: content for content, i in (words | added).items()}
-    for i, entry in optional(directory / CONFIG).get(_DECODER, {}).items():
+    for i, entry in _decoder(directory).items():
         here = contents.get(int(i), entry["content"])
         if entry.get("special") and here != entry["content"]:
             raise UserError(

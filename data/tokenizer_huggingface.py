@@ -113,6 +113,8 @@ def load(directory: Path) -> HuggingFace:
     """The tokenizer.json in `directory`; UserError when it is damaged."""
     path = directory / tokenizer_files.JSON
     marks = tokenizer_files.marks(directory)
+    with tokenizer_files.shaped(directory):
+        tokenizer_special.named(directory)
     try:
         return HuggingFace(tokenizer_special.in_rules(read_json(path), directory, marks), marks)
     except UserError:

@@ -65,8 +65,10 @@ def load(directory: Path) -> SentencePiece:
         raise UserError(f"{path}: it writes spaces after words, which is not supported")
     try:
         marks = tokenizer_files.marks(directory)
-        model = tokenizer_special.in_model(model, directory, marks)
-        return SentencePiece(model, tokenizer_special.added_tokens(directory, marks), marks)
+        with tokenizer_files.shaped(directory):
+            model = tokenizer_special.in_model(model, directory, marks)
+            added = tokenizer_special.added_tokens(directory, marks)
+        return SentencePiece(model, added, marks)
     except RuntimeError as error:
         raise UserError(f"{path} is not a SentencePiece model: {error}") from None
 

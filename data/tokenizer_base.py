@@ -10,6 +10,7 @@ import abc
 import codecs
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Self
 
 import numpy as np
 
@@ -32,8 +33,8 @@ class Stream(abc.ABC):
         """The text that this token completes, often empty; never half a character."""
 
     @abc.abstractmethod
-    def skip(self, tokens: Iterable[int]) -> None:
-        """Takes a prompt, before all other tokens."""
+    def skip(self, tokens: Iterable[int]) -> Self:
+        """Takes a prompt, before all other tokens, and returns the stream."""
 
     @abc.abstractmethod
     def flush(self) -> str:
@@ -91,14 +92,9 @@ class Tokenizer(abc.ABC):
         """The text of the ids; bytes that are not UTF-8 become U+FFFD, marks disappear."""
         return self._decode(checked(ids, self.vocab_size))
 
+    @abc.abstractmethod
     def stream(self, after: Iterable[int] = ()) -> Stream:
         """Decodes tokens that come one by one, to continue the text of the ids `after`."""
-        stream = self._stream()
-        stream.skip(after)
-        return stream
-
-    @abc.abstractmethod
-    def _stream(self) -> Stream: ...
 
     @abc.abstractmethod
     def _encode(self, texts: Sequence[str], special: bool) -> list[Sequence[int]]: ...

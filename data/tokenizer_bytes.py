@@ -1,7 +1,7 @@
 """Text of ids by a table of bytes: what the two kinds of SentencePiece models share."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from core.tokenizer_model import BYTE, CONTROL, SPACE, ModelProto
 from data.tokenizer_base import Stream, Utf8, checked
@@ -36,9 +36,10 @@ class ByteStream(Stream):
     def push(self, token: int) -> str:
         return self.take([token])
 
-    def skip(self, tokens: Iterable[int]) -> None:
+    def skip(self, tokens: Iterable[int]) -> Self:
         self.take(tokens)
         self._utf8.settle()
+        return self
 
     def take(self, tokens: Iterable[int]) -> str:
         """Returns the text that these tokens complete."""

@@ -20,7 +20,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import tokenizers
 from tokenizers import models
@@ -207,10 +207,11 @@ class Steps(Stream):
     def push(self, token: int) -> str:
         return self.take([token])
 
-    def skip(self, tokens: Iterable[int]) -> None:
+    def skip(self, tokens: Iterable[int]) -> Self:
         self.take(tokens)
         for i, step in enumerate(self._steps, 1):
             self._through(step.settle(), i)
+        return self
 
     def take(self, tokens: Iterable[int]) -> str:
         """Returns the text that these tokens complete."""

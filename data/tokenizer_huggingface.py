@@ -6,7 +6,7 @@ Special are the tokens that it or a file beside it calls so; their spelling in a
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,8 @@ class HuggingFace(Tokenizer):
         """The same with special tokens read from text; few ask for it."""
         return self._build(spelled=False)
 
-    def _stream(self) -> Stream:
-        return self._decoder.stream(self._spellings)
+    def stream(self, after: Iterable[int] = ()) -> Stream:
+        return self._decoder.stream(self._spellings).skip(after)
 
     def _encode(self, texts: Sequence[str], special: bool) -> list[Sequence[int]]:
         model = self._marking if special else self._plain

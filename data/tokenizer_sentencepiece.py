@@ -6,7 +6,7 @@ that a model matches in text (Gemma: <start_of_turn>) do neither if they are mar
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -44,8 +44,8 @@ class SentencePiece(Tokenizer):
             model.normalizer_spec.add_dummy_prefix = False
             self._rest = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
-    def _stream(self) -> Stream:
-        return ByteStream(self._surface)
+    def stream(self, after: Iterable[int] = ()) -> Stream:
+        return ByteStream(self._surface).skip(after)
 
     def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         tokens = self._asked if special else self._always

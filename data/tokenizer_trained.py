@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Self
 
 import sentencepiece
 
@@ -40,8 +41,8 @@ class Trained(Tokenizer):
         table[UNK] = b""  # bytes spell what no piece does
         self._surface = Surface(table)
 
-    def _stream(self) -> Stream:
-        return TrainedStream(ByteStream(self._surface))
+    def stream(self, after: Iterable[int] = ()) -> Stream:
+        return TrainedStream(ByteStream(self._surface)).skip(after)
 
     def to_bytes(self, ids: Iterable[int]) -> bytes:
         """The UTF-8 of the ids, still escaped; marks give nothing."""
@@ -79,10 +80,11 @@ class TrainedStream(Stream):
     def push(self, token: int) -> str:
         return self._emit(self._escaped.push(token))
 
-    def skip(self, tokens: Iterable[int]) -> None:
+    def skip(self, tokens: Iterable[int]) -> Self:
         self._emit(self._escaped.take(tokens))
         self._escaped.skip(())
         self._shown = len(self._held)
+        return self
 
     def flush(self) -> str:
         return self._emit(self._escaped.flush()) + self._held[self._shown :]

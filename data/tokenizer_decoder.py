@@ -6,11 +6,10 @@
 The library's decoder is a sequence of steps. Here each step takes a piece of text, gives out what
 no later token can change, and keeps the rest:
 
-    ids           220      63    175    131 | 190     74
-    tokens        U+2581a  <0x24 <0xE2> <0x82> <0xAC>  b       | is where a prompt may end
-    Replace       " a"
-    ByteFallback           ....  kept until the run of bytes ends ....  "$" and the euro sign
-    Fuse, Strip   "a"
+    tokens        U+2581 a   <0xE2>  <0x82>  |  <0xAC>   b       | is where a prompt may end
+    Replace       space  a
+    ByteFallback         a   kept    kept       kept     euro sign, b
+    Fuse, Strip          a                               euro sign, b
 
 No step looks back at tokens it has seen, so a token costs the same however long the text is.
 """

@@ -1,1 +1,5 @@
 """Benchmarks: commands that print ratios to peers, measured interleaved in one run."""
+
+from core import interrupt
+
+interrupt.watch()

@@ -6,21 +6,31 @@
 `main` receives the frozen Experiment. A UserError prints its message alone and exits with 2.
 """
 
-import ast
 import contextlib
 import dataclasses
-import importlib.util
+import errno
+import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TextIO, TypeVar
 
 import ml_collections
+from ml_collections.config_dict import RequiredValueError
 
-from core import backend
-from core.config import Experiment, Section, UserError, build, freeze, unknown_field
+from core import backend, config_file, interrupt, literals
+from core.config import (
+    Experiment,
+    Section,
+    UserError,
+    build,
+    editable_section,
+    freeze,
+    section_class,
+    type_hints,
+    unknown_field,
+)
 
 S = TypeVar("S", bound=Section)
 
@@ -45,129 +55,229 @@ def run(
     `classes` are the sections that the command needs; `doc` is what `--help` prints first;
     `start` readies the devices.
     """
-    if any(arg in ("-h", "--help") for arg in sys.argv[1:]):
-        print(help_text(doc, classes))
-        return
     with exits():
+        if any(arg in ("-h", "--help") for arg in sys.argv[1:]):
+            print(help_text(doc, classes))
+            return
         experiment = parse(sys.argv[1:], classes)
         start(experiment)
         main(experiment)
 
 
+# What the system says of a path that the user named: the user's mistake, status 2. All else that
+# it says (a full disk, a broken one) is status 1.
+REMEDIES = {
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a part of the path is a file, and no folder; name another",
+    errno.EISDIR: "name a file, not a folder",
+    errno.EEXIST: "name another",
+    errno.EACCES: "change its permissions, or name another",
+    errno.EPERM: "change its permissions, or name another",
+    errno.EROFS: "name a path on a disk that can be written",
+    errno.ENAMETOOLONG: "shorten the name",
+    errno.ELOOP: "the links lead in a circle; name another",
+    errno.ENXIO: "name a usual file",
+}
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
 @contextlib.contextmanager
 def exits() -> Iterator[None]:
-    """What every command does around its work: logs to stderr, exits with 2 on a UserError."""
+    """Does what every command does around its work: logs to stderr, and ends with one message.
+
+    A UserError exits with 2, Ctrl-C with 130, and what the system refuses (a path, a full disk, a
+    reader of stdout that left) with one line too. Anything else is a mistake of ours, and has its
+    traceback.
+    """
+    _streams()
     log = logging.getLogger("cakrawala")
     handler = logging.StreamHandler(sys.stderr)
     log.setLevel(logging.INFO)
     log.propagate = False  # our own lines as they are; other libraries keep theirs
     log.addHandler(handler)
+    with interrupt.raised() as asked:
+        try:
+            yield
+            sys.stdout.flush()  # what cannot be written is known now, not when Python ends
+        except (Exception, KeyboardInterrupt) as error:
+            status, text = ending(error, bool(asked))
+            if not status:
+                raise
+            if status == interrupt.STATUS:
+                interrupt.tell()
+            else:
+                _written(sys.stderr, f"error: {text}\n")
+            _written(sys.stdout, "")
+            sys.exit(status)
+        finally:
+            log.removeHandler(handler)
+
+
+def ending(error: BaseException, interrupted: bool) -> tuple[int, str]:
+    """(exit status, message) of an error that ends a command; status 0 if it is not the user's.
+
+    What fails because a Ctrl-C came in the middle of it (`interrupted`) is no error of its own.
+    """
+    if interrupted or isinstance(error, KeyboardInterrupt):
+        return interrupt.STATUS, ""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, BrokenPipeError):  # as in `... | head`
+        return 1, "the reader of the output left before its end"
+    if isinstance(error, OSError) and error.errno in REMEDIES and error.filename is not None:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        return 2, f"{name}: {error.strerror}: {REMEDIES[error.errno]}"
+    if isinstance(error, OSError) and error.errno in FULL:
+        name = "what was being written" if error.filename is None else error.filename
+        return 1, f"{name}: {error.strerror}; it is not complete"
+    return 0, ""
+
+
+def _streams() -> None:
+    """Readies stdout and stderr: a closed one takes everything and keeps nothing.
+
+    Stdout shows a character that its encoding lacks as an escape, as stderr does.
+    """
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _written(stream: TextIO, text: str) -> None:
+    """Writes and flushes; if that fails, nothing of it is tried again when Python ends."""
     try:
-        yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # the reader of our stdout left, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    finally:
-        log.removeHandler(handler)
+        stream.write(text)
+        stream.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def parse(argv: Sequence[str], classes: dict[str, type[Section]]) -> Experiment:
     """The experiment that the arguments describe, checked; the needed sections are there."""
     files = [arg.partition("=")[2] for arg in argv if arg.startswith("--config=")]
     if len(files) != 1 or not files[0]:
-        raise UserError(f"exactly one --config is needed; usage: {USAGE}")
+        given = f", not {len(files)} ({', '.join(files)})" if len(files) > 1 else ""
+        raise UserError(f"exactly one --config is needed{given}; usage: {USAGE}")
     config = load(files[0])
-    for arg in argv:
-        if not arg.startswith("--config="):
-            override(config, arg)
-    experiment = freeze(config)
+    try:
+        add_sections(config, files[0], classes)
+        overrides = [arg for arg in argv if not arg.startswith("--config=")]
+        refuse_twice(overrides)
+        for arg in overrides:
+            override(config, arg, files[0])
+        experiment = freeze(config)
+    except RequiredValueError as error:
+        raise UserError(f"{files[0]}: {error}") from None
     for name, cls in classes.items():
-        if not isinstance(getattr(experiment, name), cls):
+        section = getattr(experiment, name)
+        if not isinstance(section, cls):
             raise UserError(
-                f"{files[0]} has no section {name!r}: this command needs {cls.__name__}"
+                f"{files[0]}: section {name!r} is {type(section).__name__}, but this command "
+                f"needs {cls.__name__}"
             )
     return experiment
 
 
-def load(spec: str) -> ml_collections.ConfigDict:
-    """The ConfigDict of `FILE.py[:ARG]`, from its `get_config(ARG)`."""
-    path, _, arg = spec.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"--config={path}: there is no such file")
-    module_spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
-    if module_spec is None or module_spec.loader is None:
-        raise UserError(f"--config={path} is not a Python file")
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if "get_config" not in vars(module):
-        raise UserError(f"--config={path} defines no function get_config(arg)")
-    return module.get_config(arg)
+load = config_file.load
 
 
-def override(config: ml_collections.ConfigDict, arg: str) -> None:
-    """Applies one `--config.section.field=value`."""
+def add_sections(
+    config: ml_collections.ConfigDict, file: str, classes: dict[str, type[Section]]
+) -> None:
+    """Adds the needed sections that the file does not have, with their defaults."""
+    for name, cls in classes.items():
+        if config.get(name) is not None:
+            continue
+        fields = dataclasses.fields(cls)
+        needed = [field.name for field in fields if field.default is dataclasses.MISSING]
+        if needed:
+            raise UserError(
+                f"{file} has no section {name!r}: this command needs {cls.__name__}, which has "
+                f"no default of {', '.join(needed)}; add {name}={cls.__name__}(...) to Experiment"
+            )
+        with config.unlocked():
+            config[name] = editable_section(cls())
+
+
+def refuse_twice(argv: Iterable[str]) -> None:
+    """UserError for a field that is given two values: which one is meant?"""
+    given: dict[str, str] = {}
+    for arg in argv:
+        name = arg.partition("=")[0]
+        if given.setdefault(name, arg) != arg:
+            raise UserError(f"{name} is given twice, as {given[name]} and as {arg}: give it once")
+
+
+SECTIONS = {f.name for f in dataclasses.fields(Experiment)} - {"name", "workdir"}
+
+
+def override(config: ml_collections.ConfigDict, arg: str, file: str) -> None:
+    """Applies one `--config.section.field=value` to the config of `file`."""
     name, equals, text = arg.partition("=")
     if not name.startswith("--config.") or not equals:
         raise UserError(f"{arg} is not understood; usage: {USAGE}")
-    *parents, field = path = name.removeprefix("--config.").split(".")
-    node = config
-    for depth, part in enumerate(path):
-        if not isinstance(node, ml_collections.ConfigDict):
-            raise UserError(f"{'.'.join(path[:depth])} has no fields of its own")
-        if part not in node:
-            raise UserError(unknown_field(".".join(path[: depth + 1]), part, _names(node)))
-        node = node[part]
-    if isinstance(node, ml_collections.ConfigDict):
-        raise UserError(f"{'.'.join(path)} is a section: set one of {', '.join(_names(node))}")
-    parent = config
-    for part in parents:
-        parent = parent[part]
-    parent[field] = literal(text, node)
+    head, *rest = name.removeprefix("--config.").split(".")
+    if head not in _names(config):
+        raise UserError(unknown_field(head, head, _names(config)))
+    section = config[head]
+    if section is None and head in SECTIONS:
+        raise UserError(
+            f"{file} has no section {head!r}, and this command reads none: leave {name} out, or "
+            f"add {head}=... to Experiment"
+        )
+    if not isinstance(section, ml_collections.ConfigDict):
+        if rest:
+            raise UserError(f"{head} has no fields of its own")
+        if not text.strip():
+            raise UserError(f"{name}= is empty: give a value, or leave it out")
+        config[head] = text  # name or workdir
+        return
+    if not rest:
+        raise UserError(f"{head} is a section: set one of {', '.join(_names(section))}")
+    field = rest[0]
+    if field not in _names(section):
+        raise UserError(unknown_field(f"{head}.{field}", field, _names(section)))
+    if rest[1:]:
+        raise UserError(f"{head}.{field} has no fields of its own")
+    section[field] = read_field(section_class(config, head), field, text)
+
+
+def read_field(cls: type[Section], name: str, text: str) -> Any:
+    """The value that `text` means for a field of a section."""
+    field = next(field for field in dataclasses.fields(cls) if field.name == name)
+    hint = type_hints(cls)[name]
+    return literals.value(text, hint, field.metadata.get("commas", ""))
 
 
 def _names(node: ml_collections.ConfigDict) -> list[str]:
     return [name for name in node if not name.startswith("_")]
 
 
-def literal(text: str, current: Any) -> Any:
-    """The value of an override: a Python literal, `true`/`false`/`null`, else the text itself.
-
-    Text stays text where the field holds text, and `a,b` is a tuple where it holds a tuple.
-    """
-    if isinstance(current, str):
-        return text
-    named = {"true": True, "false": False, "null": None, "none": None}
-    if text.lower() in named:
-        return named[text.lower()]
-    try:
-        value = ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        value = tuple(text.split(",")) if isinstance(current, tuple) else text
-    if isinstance(current, tuple) and not isinstance(value, tuple | list):
-        return (value,)
-    return value
-
-
 def flags(argv: Sequence[str], cls: type[S]) -> S:
     """The section `cls` from arguments `--field=value`; a bare `--field` is True."""
-    fields, values = {f.name: f for f in dataclasses.fields(cls)}, {}
+    hints, values = type_hints(cls), {}
+    names = [field.name for field in dataclasses.fields(cls)]
+    refuse_twice(argv)
     for arg in argv:
         name, equals, text = arg.partition("=")
         if not name.startswith("--"):
             raise UserError(f"{arg} is not understood: it should be --name=value")
         name = name[2:]
-        if name not in fields:
-            raise UserError(unknown_field(f"--{name}", name, fields))
-        values[name] = literal(text, fields[name].default) if equals else True
+        if name not in names:
+            raise UserError(unknown_field(f"--{name}", name, names))
+        if not equals and hints[name] is not bool:
+            raise UserError(f"--{name} has no value: give one, --{name}=...")
+        values[name] = read_field(cls, name, text) if equals else True
     return build(cls, values)
 
 
 def help_text(doc: str, classes: dict[str, type[Section]]) -> str:
     """What `--help` prints: the doc, then each field with its default and meaning."""
-    lines = [doc.strip(), "", f"usage: {USAGE}"]
+    lines = [doc.strip(), "", f"usage: {USAGE}", "", literals.HELP]
     for section, cls in classes.items():
         lines += ["", f"{section}:", *fields_text(f"config.{section}.", cls)]
     return "\n".join(lines)

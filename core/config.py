@@ -10,7 +10,9 @@ it back into the same dataclasses and checks every name, type and range:
 
 import dataclasses
 import difflib
+import functools
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -19,7 +21,10 @@ from typing import Any, TypeVar
 import ml_collections
 
 T = TypeVar("T")
+type_hints = functools.cache(typing.get_type_hints)  # takes longer than all checks of a section
 _CLASS = "_class"  # key under which an editable section remembers its dataclass
+SHOWN = 80  # characters of a value in messages
+LARGEST = 2**63 - 1  # larger integers fit into no array and no file of ours
 
 
 class UserError(ValueError):
@@ -37,9 +42,14 @@ def setting(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
+    commas: typing.Literal["", "names", "paths"] = "",
 ) -> Any:
-    """A field with its meaning and its range: `low` and `high` included, `above` not."""
-    metadata = dict(doc=doc, low=low, high=high, above=above)
+    """A field with its meaning and its range: `low` and `high` included, `above` not.
+
+    `commas` says which texts of a tuple commas separate on the command line: names hold none, and
+    paths are one where the whole is there. Without it a text is one, with all of its commas.
+    """
+    metadata = dict(doc=doc, low=low, high=high, above=above, commas=commas)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -48,7 +58,7 @@ class Section:
     """Base of every part of a config: checks types and ranges, then its own `check`."""
 
     def __post_init__(self):
-        hints = typing.get_type_hints(type(self))
+        hints = type_hints(type(self))
         for field in dataclasses.fields(self):
             value = convert(hints[field.name], getattr(self, field.name), field.name)
             _check_range(field, value)
@@ -86,11 +96,20 @@ def sections(experiment: Experiment) -> dict[str, Section]:
     return {name: value for name, value in values.items() if isinstance(value, Section)}
 
 
+def shown(value: Any) -> str:
+    """Returns `value` as messages show it: as Python writes it, cut off where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes no integer of over 4,300 digits
+        return f"a long {type(value).__name__}"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"
+
+
 def convert(hint: Any, value: Any, where: str) -> Any:
     """`value` as the annotation `hint` asks; UserError that names `where`, value and type.
 
-    Accepts what JSON and the command line give: an int for a float, a list for a tuple, a
-    mapping for a Section.
+    Accepts what JSON and the command line give: an int for a float, a whole float such as 1e3 for
+    an int, a list for a tuple, a mapping for a Section.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
@@ -100,25 +119,42 @@ def convert(hint: Any, value: Any, where: str) -> Any:
             return None
         return convert(next(a for a in args if a is not type(None)), value, where)
     if origin is typing.Literal:
-        if value in args:
+        if any(type(value) is type(arg) and value == arg for arg in args):
             return value
-        raise UserError(f"{where}={value!r} is not one of {', '.join(map(repr, args))}")
+        raise UserError(f"{where}={shown(value)} is not one of {', '.join(map(repr, args))}")
     if origin is tuple and isinstance(value, list | tuple) and args[-1] is not Ellipsis:
         if len(value) != len(args):
-            raise UserError(f"{where}={value!r} must have {len(args)} items: {hint}")
+            raise UserError(f"{where}={shown(value)} must have {len(args)} items: {hint}")
         pairs = enumerate(zip(args, value, strict=True))
         return tuple(convert(arg, item, f"{where}[{i}]") for i, (arg, item) in pairs)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if isinstance(hint, type) and issubclass(hint, Section) and isinstance(value, Mapping):
         return build(hint, value, where)
-    if hint is float and type(value) is int:
-        return float(value)
+    if hint in (int, float) and type(value) in (int, float):
+        return _number(hint, value, where)
     expected = origin or hint
     if isinstance(value, expected) and not (isinstance(value, bool) and expected is not bool):
         return value
     name = str(hint) if origin else expected.__name__
-    raise UserError(f"{where}={value!r} is {type(value).__name__}, but it must be {name}")
+    raise UserError(f"{where}={shown(value)} is {type(value).__name__}, but it must be {name}")
+
+
+def _number(hint: type, value: int | float, where: str) -> int | float:
+    """The same number as an int or a float; UserError if it is none, or beyond all we can hold."""
+    if hint is int and type(value) is float and not value.is_integer():
+        raise UserError(f"{where}={value!r} is float, but it must be int")
+    if not (abs(value) <= LARGEST if hint is int else _finite(value)):
+        reason = "beyond the integers of 64 bits" if hint is int else "not finite"
+        raise UserError(f"{where}={shown(value)} is {reason}: give a usual number")
+    return hint(value)
+
+
+def _finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond the largest float
+        return False
 
 
 def _check_range(field: dataclasses.Field, value: Any) -> None:
@@ -132,7 +168,7 @@ def _check_range(field: dataclasses.Field, value: Any) -> None:
         limits = [f">= {low}"] * (low is not None) + [f"> {above}"] * (above is not None)
         limits += [f"<= {high}"] * (high is not None)
         raise UserError(
-            f"{field.name}={value!r} is out of range: it must be {' and '.join(limits)}"
+            f"{field.name}={shown(value)} is out of range: it must be {' and '.join(limits)}"
         )
 
 
@@ -142,11 +178,11 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     prefix = f"{where}." if where else ""
     for name in values:
         if name not in fields:
-            raise UserError(unknown_field(prefix + name, name, fields))
+            raise UserError(unknown_field(f"{prefix}{name}", str(name), fields))
     missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
     if missing:
         raise UserError(f"{prefix}{missing[0]} is missing: {cls.__name__} needs a value for it")
-    hints = typing.get_type_hints(cls)
+    hints = type_hints(cls)
     values = {name: convert(hints[name], value, prefix + name) for name, value in values.items()}
     try:
         return cls(**values)
@@ -167,12 +203,26 @@ def editable(experiment: Experiment) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict(type_safe=False)
     for field in dataclasses.fields(experiment):
         value = getattr(experiment, field.name)
-        if isinstance(value, Section):
-            values = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-            values[_CLASS] = type(value)
-            value = ml_collections.ConfigDict(values, type_safe=False).lock()
-        config[field.name] = value
+        config[field.name] = editable_section(value) if isinstance(value, Section) else value
     return config.lock()
+
+
+def editable_section(section: Section) -> ml_collections.ConfigDict:
+    """The part of `editable` that holds one section."""
+    values = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+    values[_CLASS] = type(section)
+    return ml_collections.ConfigDict(values, type_safe=False).lock()
+
+
+def section_class(config: ml_collections.ConfigDict, name: str) -> type[Section]:
+    """The dataclass of an editable section; UserError if it was not made from one."""
+    cls = config[name].get(_CLASS)
+    if not isinstance(cls, type) or not issubclass(cls, Section):
+        raise UserError(
+            f"section {name!r} is a plain dictionary: give {name}= of Experiment an object of its "
+            "class, such as TrainConfig(...)"
+        )
+    return cls
 
 
 def freeze(config: ml_collections.ConfigDict) -> Experiment:
@@ -180,8 +230,8 @@ def freeze(config: ml_collections.ConfigDict) -> Experiment:
     values = dict(config.items())
     for name, value in values.items():
         if isinstance(value, ml_collections.ConfigDict):
-            fields = dict(value.items())
-            values[name] = build(fields.pop(_CLASS), fields, name)
+            fields = {field: item for field, item in value.items() if field != _CLASS}
+            values[name] = build(section_class(config, name), fields, name)
     return build(Experiment, values)
 
 
@@ -206,9 +256,16 @@ def from_json(text: str, **classes: type[Section]) -> Experiment:
 
     A reader names only what it needs: `from_json(text, model=ModelConfig)`.
     """
-    values = json.loads(text)
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"it is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"it holds {shown(values)}, and no object")
     kept = {name: v for name, v in values.items() if name in classes or not isinstance(v, dict)}
     for name, cls in classes.items():
         if name in kept:
+            if not isinstance(kept[name], dict):
+                raise UserError(f"{name}={shown(kept[name])} is no section: it must be an object")
             kept[name] = build(cls, kept[name], name)
     return build(Experiment, kept)

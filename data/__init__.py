@@ -2,3 +2,7 @@
 
 python -m data.prepare --config=configs/quickstart.py
 """
+
+from core import interrupt
+
+interrupt.watch()

@@ -8,6 +8,8 @@ from typing import Literal
 
 from core.config import Section, UserError, setting
 
+SMALLEST = 262  # pieces: 4 marks, 256 bytes, and 2 for something to learn
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Section):
@@ -19,7 +21,9 @@ class DataConfig(Section):
         "(made here: keys and values to be remembered)",
     )
     files: tuple[str, ...] = setting(
-        (), "globs for source=files: .txt .md .py .jsonl .parquet, or these .gz; ** is recursive"
+        (),
+        "globs for source=files: .txt .md .py .jsonl .parquet, or these .gz; ** is recursive",
+        commas="paths",
     )
     text_field: str = setting("text", "the field that holds the text in jsonl, parquet and tfds")
     tfds_name: str = setting("", "dataset name for source=tfds, as in tfds.builder(name)")
@@ -38,7 +42,9 @@ class DataConfig(Section):
         "", "directory of a tokenizer to use (a bundle's tokenizer/, Hugging Face); none: train one"
     )
     vocab_size: int = setting(
-        4096, "pieces of the tokenizer, its 4 marks and 256 bytes included", low=262
+        4096,
+        "pieces of the tokenizer, at least 262: its 4 marks, 256 bytes and what it learns",
+        low=1,
     )
     tokenizer_bytes: int = setting(
         16_000_000, "bytes of text, taken evenly, that train the tokenizer", low=1
@@ -52,6 +58,11 @@ class DataConfig(Section):
             raise UserError(
                 f"validation_fraction={self.validation_fraction} leaves nothing to train on: "
                 "it must be < 1"
+            )
+        if not self.tokenizer and self.vocab_size < SMALLEST:
+            raise UserError(
+                f"vocab_size={self.vocab_size} is out of range: it must be >= {SMALLEST} for a "
+                "tokenizer to train, which has 4 marks and 256 bytes among its pieces"
             )
         if self.source == "files" and not self.files:
             raise UserError("files=() is empty, but source='files' needs at least one glob")

@@ -5,7 +5,6 @@ for document in files(("books/**/*.txt", "rows.jsonl.gz"), text_field="text"): .
 
 import glob
 import gzip
-import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from typing import BinaryIO
 import pyarrow
 import pyarrow.parquet
 
+from core import json_lines
 from core.config import UserError
 from data.document import Document, field_bytes
 
@@ -30,7 +30,7 @@ def files(globs: Iterable[str], text_field: str) -> Iterator[Document]:
     """
     readers = {".jsonl": _jsonl, ".parquet": _parquet}
     for path in matches(globs):
-        kind = path.with_name(path.name.removesuffix(".gz")).suffix
+        kind = Path(path.name.lower().removesuffix(".gz")).suffix
         if kind in readers:
             yield from readers[kind](path, text_field)
         elif kind in PLAIN:
@@ -42,27 +42,40 @@ def files(globs: Iterable[str], text_field: str) -> Iterator[Document]:
             )
 
 
-def matches(globs: Iterable[str]) -> list[Path]:
-    """The files that the globs match, each once, in order. UserError where one matches none."""
-    return list(dict.fromkeys(path for pattern in globs for path in _matches(pattern)))
+def matches(globs: Iterable[str], field: str = "data.files") -> list[Path]:
+    """The files that the globs of `field` match, each once, in order.
+
+    UserError where a glob matches none, a link that leads nowhere, a pipe or a device.
+    """
+    return list(dict.fromkeys(path for pattern in globs for path in _matches(pattern, field)))
 
 
-def _matches(pattern: str) -> list[Path]:
+def _matches(pattern: str, field: str) -> list[Path]:
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
-        raise UserError(f"data.files: {pattern} is a folder; say which files: {pattern}/**/*.txt")
+        raise UserError(f"{field}: {pattern} is a folder; say which files: {pattern}/**/*.txt")
     # A name that exists is meant literally, even when it holds a bracket.
-    found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
-    paths = [Path(name) for name in found if os.path.isfile(name)]
+    found = [pattern]
+    if not os.path.lexists(pattern):
+        found = sorted(glob.glob(pattern, recursive=True))
+    paths = [Path(name) for name in found if not os.path.isdir(name)]
+    for path in paths:
+        if not os.path.isfile(path):
+            is_link = os.path.islink(path) and not os.path.exists(path)
+            what = "a link that leads nowhere" if is_link else "no file, but a pipe or a device"
+            raise UserError(f"{field}: {path} is {what}; remove it, or narrow the glob")
     if not paths:
+        several = ""
+        if "," in pattern:
+            several = "; a path that holds a comma is written as a literal: \"('a, b.txt',)\""
         raise UserError(
-            f"data.files: {pattern} matches no file; check the path (from {os.getcwd()})"
+            f"{field}: {pattern} matches no file; check the path (from {os.getcwd()}){several}"
         )
     return paths
 
 
 def _open(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")
 
 
 def read(path: Path) -> bytes:
@@ -78,20 +91,19 @@ def _jsonl(path: Path, field: str) -> Iterator[Document]:
     try:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
-                yield Document(f"{path}:{number}", _row(path, number, line, field))
+                if line.strip():  # a blank line is no document
+                    yield Document(f"{path}:{number}", _row(path, number, line, field))
     except BROKEN as error:
         raise UserError(f"data: {path} cannot be read: {error}") from None
 
 
 def _row(path: Path, number: int, line: bytes, field: str) -> bytes:
-    if not line.strip():
-        return b""  # curation counts it as empty
     try:
-        row = json.loads(line)
+        row = json_lines.parse(line, lone_surrogates=True)
     except UnicodeDecodeError:
         return line  # curation counts it as undecodable
-    except json.JSONDecodeError as error:
-        raise UserError(f"data: {path} line {number} is not JSON: {error}") from None
+    except ValueError as error:
+        raise UserError(f"data: {path} line {number}: {error}") from None
     if not isinstance(row, dict) or field not in row:
         has = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is not an object"
         raise UserError(
@@ -110,9 +122,17 @@ def _parquet(path: Path, field: str) -> Iterator[Document]:
                     f"data: {path} has no column {field!r} (it has {has}); set data.text_field"
                 )
             for batch in table.iter_batches(columns=[field]):
-                for value in batch.column(0).to_pylist():
+                for value in _bytes(batch.column(0)).to_pylist():
                     number += 1
                     raw = field_bytes(value, f"{path} row {number}", field)
                     yield Document(f"{path}:{number}", raw)
     except (*BROKEN, pyarrow.ArrowException) as error:
         raise UserError(f"data: {path} cannot be read after row {number}: {error}") from None
+
+
+def _bytes(column: pyarrow.Array) -> pyarrow.Array:
+    """A column of strings as bytes: curation judges whether they are UTF-8, as pyarrow does not."""
+    if isinstance(column, pyarrow.DictionaryArray):
+        column = column.dictionary_decode()
+    is_text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
+    return column.cast(pyarrow.large_binary()) if is_text else column

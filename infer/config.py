@@ -103,6 +103,7 @@ class BenchConfig(Rows, Weights, Form):
         (),
         "other caches to compare: plain, int8, k8v4, int4, host, stream (1024 + 4), "
         "quest (128 pages)",
+        commas="names",
     )
     beyond: bool = setting(False, "measure contexts longer than model.context too")
     batch_size: int = setting(1, "rows at a time, over all devices", low=1)
@@ -113,20 +114,26 @@ class BenchConfig(Rows, Weights, Form):
     price_per_hour: float = setting(0.0, "of all devices, for the cost; 0 is none", low=0)
     memory_gib: float = setting(0.0, "GiB of a device to plan for; 0 is what it has", low=0)
     text: tuple[str, ...] = setting(
-        (), "globs of .txt files to tell the loss on; () is the validation split in WORKDIR/data"
+        (),
+        "globs of .txt files to tell the loss on; () is the validation split in WORKDIR/data",
+        commas="paths",
     )
     loss_rows: int = setting(4, "texts a context for the loss by position; 0 is off", low=0)
     tasks: tuple[str, ...] = setting(
-        (), "needle, passkey, RULER's kinds by name, ruler (all of those) or all; () is none"
+        (),
+        "needle, passkey, RULER's kinds by name, ruler (all of those) or all; () is none",
+        commas="names",
     )
     task_samples: int = setting(10, "samples of each task, or of each depth", low=1)
     depths: tuple[float, ...] = setting(
         (0.0, 0.25, 0.5, 0.75, 1.0), "of needle and passkey in their haystack", low=0, high=1
     )
-    haystack: tuple[str, ...] = setting((), "globs of .txt files; () is the built-in filler")
+    haystack: tuple[str, ...] = setting(
+        (), "globs of .txt files; () is the built-in filler", commas="paths"
+    )
     questions: str = setting("", "a JSON file for qa_1 and qa_2")
     compare: tuple[str, ...] = setting(
-        (), "reports to overlay, folders or report.json; no model is run"
+        (), "reports to overlay, folders or report.json; no model is run", commas="paths"
     )
     topology: str = setting(
         "", "a TPU slice to predict for by its compiler, as v5p:2x2x1; no model is run"

@@ -1,1 +1,5 @@
 """The transformer: attention, blocks, caches."""
+
+from core import interrupt
+
+interrupt.watch()

@@ -1,1 +1,5 @@
 """Pre-training: loss, optimizer, step, loop."""
+
+from core import interrupt
+
+interrupt.watch()

@@ -6,13 +6,12 @@ haystack.sentences(5000)  # of its first 5000 words
 
 import dataclasses
 import functools
-import glob
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from core.config import UserError
+from data import files
 from infer.ruler import words
 
 WORD = re.compile(r"\S{1,40}")  # what has no spaces is cut
@@ -64,22 +63,20 @@ def read(globs: Iterable[str], field: str) -> Haystack:
     return Haystack(", ".join(globs), found)
 
 
-def matches(pattern: str, field: str) -> list[str]:
+def matches(pattern: str, field: str) -> list[Path]:
     """The .txt files that a glob matches, in order; UserError if there are none, or others."""
-    pattern = os.path.expanduser(pattern)
-    found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
-    found = [path for path in found if os.path.isfile(path)]
-    if not found:
-        raise UserError(f"{field}={pattern} matches no file: name .txt files, as essays/*.txt")
-    wrong = [path for path in found if not path.endswith(".txt")]
+    found = files.matches((pattern,), field)
+    wrong = [path for path in found if path.suffix.lower() != ".txt"]
     if wrong:
         raise UserError(f"{field}: {wrong[0]} is not a .txt; only those are understood")
     return found
 
 
-def content(path: str, field: str) -> str:
+def content(path: str | Path, field: str) -> str:
     """All of a file; UserError unless it is UTF-8."""
     try:
         return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{field}: {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{field}: {path} is not UTF-8: {error}") from None

@@ -54,8 +54,10 @@ def _constant(name: str) -> None:
 
 def _int(digits: str) -> int:
     try:
-        return int(digits)
-    except ValueError:  # Python's limit
+        value = int(digits)  # ValueError beyond Python's limit of digits
+        float(value)  # OverflowError: a field of type float could not hold it
+        return value
+    except (ValueError, OverflowError):
         raise ValueError(
             f"it holds a number of {len(digits):,} digits, which is too long"
         ) from None

@@ -13,18 +13,18 @@ DEPTH = 100  # lists and objects within each other; Python's own stack ends at a
 HALF = re.compile(r"[\ud800-\udfff]")  # half of a pair of UTF-16, which is no character
 
 
-def parse(line: bytes | str, *, lone_surrogates: bool = False) -> Any:
+def parse(line: bytes | str, *, lenient: bool = False) -> Any:
     """Returns the value that a line holds; a byte order mark before it is left out.
 
     Raises ValueError with a reason of one line that stands after "line 3: ". Bytes that are not
-    UTF-8 raise UnicodeDecodeError, which is a ValueError. `lone_surrogates` lets halves of
-    characters pass, for a caller that judges texts itself.
+    UTF-8 raise UnicodeDecodeError, which is a ValueError. `lenient` lets NaN, Infinity and halves
+    of characters pass, for a caller that judges texts itself and reads no numbers.
     """
     text = line.decode() if isinstance(line, bytes) else line
     text = text.removeprefix("\ufeff")
     too_deep = f"it is nested more than {DEPTH} levels deep"
     try:
-        value = _DECODER.decode(text)
+        value = (_LENIENT if lenient else _STRICT).decode(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON: {error.msg} (character {error.pos + 1})") from None
     except RecursionError:
@@ -32,7 +32,7 @@ def parse(line: bytes | str, *, lone_surrogates: bool = False) -> Any:
     # Only texts with this many brackets can be so deep, and they are few.
     if text.count("[") + text.count("{") > DEPTH and _is_deep(value):
         raise ValueError(too_deep)
-    if not lone_surrogates and ("\\u" in text or not text.isascii()):
+    if not lenient and ("\\u" in text or not text.isascii()):
         found = HALF.search(json.dumps(value, ensure_ascii=False))
         if found:
             raise ValueError(f"\\u{ord(found[0]):x} is half a character (a lone surrogate)")
@@ -79,6 +79,7 @@ def _is_deep(value: Any) -> bool:
     return any(type(x) in (dict, list) for x in level)
 
 
-_DECODER = json.JSONDecoder(
+_LENIENT = json.JSONDecoder(object_pairs_hook=_object, parse_int=_int)
+_STRICT = json.JSONDecoder(
     object_pairs_hook=_object, parse_constant=_constant, parse_int=_int, parse_float=_float
 )

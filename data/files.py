@@ -99,7 +99,7 @@ def _jsonl(path: Path, field: str) -> Iterator[Document]:
 
 def _row(path: Path, number: int, line: bytes, field: str) -> bytes:
     try:
-        row = json_lines.parse(line, lone_surrogates=True)
+        row = json_lines.parse(line, lenient=True)
     except UnicodeDecodeError:
         return line  # curation counts it as undecodable
     except ValueError as error:

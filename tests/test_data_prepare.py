@@ -151,7 +151,9 @@ def test_the_standard_library_comes_without_its_tests():
         ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', r"a.jsonl line 2 has no field 'text' \(it "),
         ("a.jsonl", b"[1]\n", r"line 1 has no field 'text' \(it is not an object\)"),
         ("a.jsonl", b'{"text": 3}\n', r"a.jsonl line 1: field 'text' is int, not text"),
-        ("a.jsonl", b'{"text"\n', r"a.jsonl line 1 is not JSON"),
+        ("a.jsonl", b'\n{"text"\n', r"a.jsonl line 2: it is not JSON"),
+        ("deep.jsonl", b"[" * 100_000, "deep.jsonl line 1: it is nested more than 100 levels"),
+        ("long.jsonl", b'{"n": ' + b"9" * 5000 + b"}", "line 1: it holds a number of 5,000 digits"),
         ("a.parquet", b"nonsense", r"a.parquet cannot be read"),
         ("a.txt.gz", b"nonsense", r"a.txt.gz cannot be read"),
         # Part of the test's name, which all workers must find the same: no time in it.
@@ -176,6 +178,17 @@ def test_globs_that_match_nothing_are_named(tmp_path):
         raws(DataConfig(source="files", files=(f"{tmp_path}/nothing*.txt",)))
     with pytest.raises(UserError, match=r"is a folder; say which files"):
         raws(DataConfig(source="files", files=(str(tmp_path),)))
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    for name, message in {"pipe": "no file, but a pipe or a device", "gone": "a link that"}.items():
+        with pytest.raises(UserError, match=f"{name}.txt is {message}"):
+            raws(DataConfig(source="files", files=(f"{tmp_path}/{name[0]}*.txt",)))
+
+
+def test_strings_of_a_parquet_file_that_are_not_utf8_are_undecodable(tmp_path):
+    wrong = pyarrow.array([b"caf\xe9", b"fine"]).cast(pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": wrong}), tmp_path / "a.parquet")
+    assert raws(DataConfig(source="files", files=(f"{tmp_path}/*",))) == [b"caf\xe9", b"fine"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ The first Ctrl-C during the work raises KeyboardInterrupt, so that every `finall
 one ends the process at once.
 """
 
-import _thread
 import contextlib
 import os
 import signal
@@ -70,7 +69,7 @@ def raised() -> Iterator[list[int]]:
             hook(what)
             return
         signal.signal(signal.SIGINT, ask)
-        again = threading.Timer(AGAIN, _thread.interrupt_main)
+        again = threading.Timer(AGAIN, os.kill, (os.getpid(), signal.SIGINT))
         again.daemon = True
         again.start()
 

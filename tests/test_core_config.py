@@ -1,73 +1,16 @@
-"""The schema and the command line: what is refused, and in which words."""
+"""The schema: what is refused, and in which words."""
 
-import dataclasses
 import json
-import re
-import subprocess
-import sys
-from pathlib import Path
-from typing import Literal
 
+import numpy as np
 import pytest
+from config_cases import CONFIG_FILE, Needy, Toy, complaint, parse, toy
 
-from core import cli, config
-from core.config import Experiment, Section, UserError, editable, freeze, setting
+from core import config
+from core.config import Experiment, editable, freeze
 from core.sharding import MeshConfig
-from data.config import DataConfig
 from model.attention.spec import AttentionSpec, full, sliding
 from model.config import ModelConfig
-
-ROOT = Path(__file__).parent.parent
-
-CONFIG_FILE = '''
-"""A config as users write them."""
-from core.config import Experiment, editable
-from core.sharding import MeshConfig
-from model.attention.spec import full, sliding
-from model.config import ModelConfig
-
-
-def get_config(arg=""):
-    config = editable(
-        Experiment(
-            name="small",
-            mesh=MeshConfig(simulate=8),
-            model=ModelConfig(
-                vocab_size=64, context=32, num_layers=4, embed_dim=16, num_heads=4,
-                num_kv_heads=2, head_dim=8, mlp_dim=32, pattern=(sliding(8), full()),
-            ),
-        )
-    )
-    if arg == "tiny":
-        config.model.num_layers = 2
-    return config
-'''
-
-
-@dataclasses.dataclass(frozen=True)
-class Toy(Section):
-    """A section with a field of each type."""
-
-    count: int = setting(3, "how many", low=1, high=9)
-    rate: float = setting(0.5, "how fast", above=0)
-    name: str = setting("a", "what it is called")
-    kind: Literal["red", "blue"] = setting("red", "its colour")
-    flag: bool = setting(False, "whether")
-    sizes: tuple[int, ...] = setting((1, 2), "several", low=0)
-    words: tuple[str, ...] = setting(("a",), "a few")
-    limit: int | None = setting(None, "or none", low=0)
-    parts: tuple[AttentionSpec, ...] = setting((full(),), "nested")
-
-    def check(self) -> None:
-        if self.kind == "blue" and self.flag:
-            raise UserError("kind='blue' with flag=True: only red has a flag")
-
-
-@dataclasses.dataclass(frozen=True)
-class Needy(Section):
-    """A section with a field that has no default."""
-
-    size: int = setting(doc="no default", low=1)
 
 
 @pytest.fixture
@@ -75,21 +18,6 @@ def config_file(tmp_path):
     path = tmp_path / "small.py"
     path.write_text(CONFIG_FILE)
     return str(path)
-
-
-def toy(**fields) -> Experiment:
-    return Experiment(name="x", train=Toy(**fields))
-
-
-def parse(config_file: str, *overrides: str, **classes) -> Experiment:
-    return cli.parse([f"--config={config_file}", *overrides], classes)
-
-
-def complaint(function, *args, **kwargs) -> str:
-    """The message of the UserError that the call raises."""
-    with pytest.raises(UserError) as error:
-        function(*args, **kwargs)
-    return str(error.value)
 
 
 def test_editable_and_freeze_are_inverse():
@@ -231,97 +159,19 @@ def test_a_nested_mistake_has_its_whole_path(config_file):
 
 
 @pytest.mark.parametrize(
-    ("text", "current", "value"),
+    ("fields", "message"),
     [
-        ("3", 1, 3),
-        ("1e-3", 1.0, 1e-3),
-        ("True", False, True),
-        ("none", None, None),
-        ("null", 3, None),
-        ("a,b", ("c",), ("a", "b")),
-        ("5", (1, 2), (5,)),
-        ("[1, 2]", (3,), [1, 2]),
-        ("none", "text", "none"),
-        ("007", "text", "007"),
+        (dict(rate=float("nan")), "rate=nan is not finite: give a usual number"),
+        (dict(rate=float("inf")), "rate=inf is not finite: give a usual number"),
+        (dict(rate=10**400), "rate=1000"),
+        (dict(count=10**5000), "count=a long int is beyond the integers of 64 bits"),
+        (dict(sizes=(1e300,)), "sizes[0]=1e+300 is beyond the integers of 64 bits"),
+        (dict(kind=["red"]), "kind=['red'] is not one of 'red', 'blue'"),
+        (dict(kind=np.zeros(2)), "kind=array([0., 0.]) is not one of 'red', 'blue'"),
+        (dict(count=np.zeros(2)), "count=array([0., 0.]) is ndarray, but it must be int"),
+        (dict(parts=({1: 2},)), "parts[0].1 is not a field"),
     ],
+    ids=lambda case: case[:20] if isinstance(case, str) else "",
 )
-def test_literals(text, current, value):
-    result = cli.literal(text, current)
-    assert result == value
-    assert type(result) is type(value)
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ([], "exactly one --config is needed; usage: --config=FILE[:ARG]"),
-        (["--config="], "exactly one --config is needed"),
-        (["--config=no.py"], "--config=no.py: there is no such file"),
-        (["--config={file}", "--config={file}"], "exactly one --config is needed"),
-        (["--config={file}", "steps=3"], "steps=3 is not understood; usage: --config="),
-        (["--config={file}", "--config.name"], "--config.name is not understood"),
-        (
-            ["--config={file}", "--config.model.embed_dmi=3"],
-            "model.embed_dmi is not a field; did you mean model.embed_dim?",
-        ),
-        (
-            ["--config={file}", "--config.modle.embed_dim=3"],
-            "modle is not a field; did you mean model?",
-        ),
-        (
-            ["--config={file}", "--config.model.embed_dim.size=3"],
-            "model.embed_dim has no fields of its own",
-        ),
-        (["--config={file}", "--config.mesh=3"], "mesh is a section: set one of both_ways, data"),
-        (["--config={file}"], "{file} has no section 'data': this command needs DataConfig"),
-    ],
-)
-def test_command_line_mistakes(config_file, argv, message):
-    argv = [arg.format(file=config_file) for arg in argv]
-    found = complaint(cli.parse, argv, {"data": DataConfig})
-    assert message.format(file=config_file) in found
-    assert "_class" not in found
-
-
-def test_a_file_without_get_config(tmp_path):
-    (tmp_path / "empty.py").write_text("x = 3\n")
-    message = complaint(parse, str(tmp_path / "empty.py"))
-    assert message.endswith("empty.py defines no function get_config(arg)")
-    (tmp_path / "notes.txt").write_text("x = 3\n")
-    assert complaint(parse, str(tmp_path / "notes.txt")).endswith("is not a Python file")
-
-
-def test_help_lists_every_field_with_default_and_meaning(monkeypatch, capsys):
-    classes = dict(model=ModelConfig, mesh=MeshConfig, data=DataConfig)
-    monkeypatch.setattr(sys, "argv", ["prog", "--help"])
-    cli.run(lambda experiment: pytest.fail("--help must not run"), "What it does.", **classes)
-    text = capsys.readouterr().out
-    assert text.startswith("What it does.\n")
-    for section, cls in classes.items():
-        for field in dataclasses.fields(cls):
-            needed = field.default is dataclasses.MISSING
-            default = "(needed)" if needed else repr(field.default)
-            start = re.escape(f"--config.{section}.{field.name}={default}")
-            doc = field.metadata["doc"]
-            assert doc, f"{section}.{field.name} has no doc"
-            assert re.search(rf"^ *{start} +{re.escape(doc)}$", text, re.MULTILINE), field.name
-
-
-@pytest.mark.parametrize("override", ["--config.model.embed_dmi=3", "--config.model.num_heads=3"])
-def test_user_mistakes_exit_with_2_and_one_message(config_file, monkeypatch, capsys, override):
-    monkeypatch.setattr(sys, "argv", ["prog", f"--config={config_file}", override])
-    with pytest.raises(SystemExit) as stop:
-        cli.run(lambda experiment: None, "", model=ModelConfig)
-    assert stop.value.code == 2
-    captured = capsys.readouterr()
-    assert re.fullmatch(r"error: model\..*\n", captured.err)
-    assert captured.out == ""
-
-
-def test_a_real_command_fails_without_a_traceback(config_file):
-    command = [sys.executable, "-m", "data.prepare", f"--config={config_file}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == (
-        f"error: {config_file} has no section 'data': this command needs DataConfig\n"
-    )
+def test_values_that_only_a_config_file_gives(fields, message):
+    assert complaint(Toy, **fields).startswith(message)

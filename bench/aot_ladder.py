@@ -7,11 +7,12 @@ are kept: delete the file to measure all of them again.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from bench.commands import call
+from core import cli
 from core.checkpoint import write_text
 
 ROWS, TABLE = Path("docs/aot.json"), Path("docs/aot.md")
@@ -91,7 +92,7 @@ def measure(topology: str, name: str, variant: str) -> dict:
         command = [sys.executable, "-m", "train.aot"]
         command += [f"--config=configs/llama3_8b.py:{LENGTHS[name]}{variant}"]
         command += [f"--config.aot.topology={topology}", f"--config.aot.output={output}"]
-        subprocess.run(command, check=True)
+        call(command)
         pattern = variant.removeprefix("-") or "full"
         return {"length": LENGTHS[name], "pattern": pattern, **json.loads(output.read_text())}
 
@@ -118,4 +119,5 @@ def _collectives(row: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with cli.exits():
+        main()

@@ -18,7 +18,9 @@ import statistics
 import sys
 from typing import NamedTuple
 
+from bench.commands import several, whole
 from bench.turns import Worker
+from core import cli
 
 HEADS, WINDOW = 8, 1024
 DENSE_LIMIT = 8192  # the scores of 32K would be 34 GB
@@ -51,14 +53,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--on", choices=MACHINES, default="cpu", help="what runs it")
     parser.add_argument("--torch_python", default=sys.executable, help="a Python that has torch")
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each, after the first")
-    parser.add_argument("--lengths", help="tokens, with commas; from 2K on, on a GPU from 8K on")
+    parser.add_argument("--rounds", type=whole, default=5, help="runs of each, after the first")
+    parser.add_argument(
+        "--lengths",
+        type=several(whole),
+        help="tokens, with commas; from 2K on, on a GPU from 8K on",
+    )
     args = parser.parse_args()
     machine = MACHINES[args.on]
     if args.on == "gpu":  # JAX would take three quarters of the memory that the others need too
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     pythons = {"bench.attention_torch": args.torch_python}
-    for length in map(int, (args.lengths or machine.lengths).split(",")):
+    for length in args.lengths or several(whole)(machine.lengths):
         for window in (0, WINDOW):
             for backward in (False, True):
                 task = dict(on=args.on, length=length, window=window, backward=backward)
@@ -120,4 +126,5 @@ def show(task: dict, seconds: dict[str, list[float]], workers: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with cli.exits():
+        main()

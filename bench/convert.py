@@ -17,7 +17,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from core import lazy
+from bench.commands import call, whole
+from core import cli, lazy
 from model import checkpoint_files, families, safetensors
 from model.safetensors import Writer
 
@@ -29,8 +30,8 @@ IDLE = "import jax, model.convert; jax.config.update('jax_platforms', 'cpu'); ja
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--directory", help="where to work; a temporary directory")
-    parser.add_argument("--layers", type=int, default=22, help="of the model; TinyLlama has 22")
-    parser.add_argument("--vocabulary", type=int, default=32000, help="262144 makes 1 GiB of it")
+    parser.add_argument("--layers", type=whole, default=22, help="of the model; TinyLlama has 22")
+    parser.add_argument("--vocabulary", type=whole, default=32000, help="262144 makes 1 GiB of it")
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="convert-", dir=args.directory))
     try:
@@ -101,7 +102,9 @@ def make(directory: Path, layers: int, vocabulary: int) -> int:
 SMALL = """
 import resource, subprocess, sys, time
 began = time.perf_counter()
-subprocess.run(sys.argv[1:], check=True, stdout=sys.stderr)
+status = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode
+if status:
+    sys.exit(status)
 peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 print(time.perf_counter() - began, peak)
 """
@@ -110,10 +113,7 @@ print(time.perf_counter() - began, peak)
 def measure(*arguments: str) -> tuple[float, int]:
     """Seconds and peak bytes of a Python process."""
     command = [sys.executable, "-S", "-c", SMALL, sys.executable, *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(arguments)} failed; its message is above")
-    seconds, peak = done.stdout.split()
+    seconds, peak = call(command, stdout=subprocess.PIPE, text=True).stdout.split()
     return float(seconds), int(peak)
 
 
@@ -128,4 +128,5 @@ def compare(one: Path, other: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with cli.exits():
+        main()

@@ -18,7 +18,9 @@ import statistics
 import sys
 from typing import NamedTuple
 
+from bench.commands import choice, several, whole
 from bench.turns import Worker
+from core import cli
 
 WIDTH, LAYERS, HEADS, MLP, VOCAB = 768, 12, 12, 2048, 32000
 WEIGHTS = LAYERS * (4 * WIDTH * WIDTH + 3 * WIDTH * MLP) + VOCAB * WIDTH  # head and table are one
@@ -59,15 +61,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--hf_python", default=sys.executable, help="a Python that has torch")
     parser.add_argument("--llama_python", help="a Python that has llama-cpp-python")
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each, after the first")
-    parser.add_argument("--contexts", default="128,2048,8192,32768", help="tokens, with commas")
-    parser.add_argument("--batches", default="1,8", help="rows, with commas")
-    parser.add_argument("--dtypes", default="float32,bfloat16", help="with commas")
+    parser.add_argument("--rounds", type=whole, default=5, help="runs of each, after the first")
+    numbers, dtypes = several(whole), several(choice(*PEERS))
+    parser.add_argument(
+        "--contexts", type=numbers, default="128,2048,8192,32768", help="tokens, with commas"
+    )
+    parser.add_argument("--batches", type=numbers, default="1,8", help="rows, with commas")
+    parser.add_argument("--dtypes", type=dtypes, default="float32,bfloat16", help="with commas")
     args = parser.parse_args()
     pythons = {"bench.decode_hf": args.hf_python, "bench.decode_llama": args.llama_python}
-    for dtype in args.dtypes.split(","):
-        for batch in map(int, args.batches.split(",")):
-            for context in map(int, args.contexts.split(",")):
+    for dtype in args.dtypes:
+        for batch in args.batches:
+            for context in args.contexts:
                 task = dict(dtype=dtype, batch=batch, context=context)
                 if kv_numbers(batch, context) * PEERS[dtype][0].kv_bytes > MEMORY:
                     print(f"{dtype}, batch {batch}, {context} tokens: caches beyond {MEMORY:.0e} B")
@@ -127,4 +132,5 @@ def show(task: dict, peers: dict[str, Peer], seconds: dict[str, list[float]]) ->
 
 
 if __name__ == "__main__":
-    main()
+    with cli.exits():
+        main()

@@ -21,6 +21,7 @@ from jax._src.pallas.triton import lowering  # alone knows the dialects to read 
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 
+from core import cli
 from model.attention import blocks, gpu
 from model.attention.spec import Mask, Where
 
@@ -101,5 +102,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")
-    main()
+    with cli.exits():
+        jax.config.update("jax_platforms", "cpu")
+        main()

@@ -9,13 +9,14 @@ train again. The docs also get a picture, and all figures in a JSON file.
 import json
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from bench.commands import call
+from core import cli
 from core.checkpoint import write_text
 
 CONFIG = "configs/long_context_lab.py"
@@ -46,9 +47,7 @@ def main() -> None:
         if not (run(name) / "recall.json").is_file():
             for command in COMMANDS:
                 print(command, name, file=sys.stderr, flush=True)
-                subprocess.run(
-                    [sys.executable, "-m", command, f"--config={CONFIG}:{name}"], check=True
-                )
+                call([sys.executable, "-m", command, f"--config={CONFIG}:{name}"])
     models = {name: collect(run(name)) for name in (*SHORT, *KINDS, EXTENDED)}
     write_text(DOCS / "long-context-lab.json", json.dumps(models, indent=1) + "\n")
     write_text(DOCS / "long-context-lab.md", markdown(models))
@@ -186,4 +185,5 @@ text), `yarn` (arXiv 2309.00071).
 
 
 if __name__ == "__main__":
-    main()
+    with cli.exits():
+        main()

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from core import cli
 from model import one_row
 
 INPUTS, OUTPUTS, WEIGHTS, ROUNDS, PRODUCTS = 768, 2048, 64, 7, 8
@@ -83,5 +84,6 @@ def chain(way: Way) -> Callable[[], float]:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")
-    main()
+    with cli.exits():
+        jax.config.update("jax_platforms", "cpu")
+        main()

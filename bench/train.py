@@ -11,7 +11,9 @@ import argparse
 import statistics
 import sys
 
+from bench.commands import whole
 from bench.turns import Worker
+from core import cli
 
 WIDTH, LAYERS, HEADS, MLP, VOCAB, ROWS, LENGTH = 512, 8, 8, 1408, 8192, 8, 512
 
@@ -19,7 +21,7 @@ WIDTH, LAYERS, HEADS, MLP, VOCAB, ROWS, LENGTH = 512, 8, 8, 1408, 8192, 8, 512
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--hf_python", default=sys.executable, help="a Python that has torch")
-    parser.add_argument("--rounds", type=int, default=7, help="steps of each, after one of warm-up")
+    parser.add_argument("--rounds", type=whole, default=7, help="steps of each, after a first")
     args = parser.parse_args()
     workers = {
         "cakrawala": Worker(sys.executable, "bench.train_ours"),
@@ -58,4 +60,5 @@ def show(median: dict[str, float], seconds: dict[str, list[float]], workers: dic
 
 
 if __name__ == "__main__":
-    main()
+    with cli.exits():
+        main()

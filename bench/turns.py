@@ -15,14 +15,24 @@ class Worker:
     def __init__(self, python: str, module: str):
         command = [python, "-m", module]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is the parent's; without it the worker's input ends
         )
 
     def run(self, task: Any = None) -> dict[str, Any]:
         """{"seconds", "peak_bytes"} of one task; the other workers only wait meanwhile."""
-        self._process.stdin.write(json.dumps(task) + "\n")
-        self._process.stdin.flush()
-        self.last = json.loads(self._process.stdout.readline() or "{}")
+        try:
+            self._process.stdin.write(json.dumps(task) + "\n")
+            self._process.stdin.flush()
+            self.last = json.loads(self._process.stdout.readline() or "{}")
+        except KeyboardInterrupt:
+            self._process.kill()
+            raise
+        except BrokenPipeError:  # it ended before it read its task
+            self.last = {}
         if not self.last:
             sys.exit(f"{' '.join(self._process.args)} ended; its message is above")
         return self.last

@@ -128,7 +128,8 @@ def ending(error: BaseException, interrupted: bool) -> tuple[int, str]:
         name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
         return 2, f"{name}: {error.strerror}: {REMEDIES[error.errno]}"
     if isinstance(error, OSError) and error.errno in FULL:
-        name = "what was being written" if error.filename is None else error.filename
+        stdout = "what was being written" if _written(sys.stdout, "") else "stdout"
+        name = stdout if error.filename is None else error.filename
         return 1, f"{name}: {error.strerror}; it is not complete"
     return 0, ""
 
@@ -146,7 +147,7 @@ def _streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _written(stream: TextIO, text: str) -> None:
+def _written(stream: TextIO, text: str) -> bool:
     """Writes and flushes; if that fails, nothing of it is tried again when Python ends."""
     try:
         stream.write(text)
@@ -154,6 +155,8 @@ def _written(stream: TextIO, text: str) -> None:
     except OSError:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+    return True
 
 
 def parse(argv: Sequence[str], classes: dict[str, type[Section]]) -> Experiment:

@@ -4,6 +4,7 @@ for document in examples(DataConfig(source="tfds", tfds_name="my_text", tfds_dir
     ...
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -16,8 +17,9 @@ from data.document import Document, field_bytes
 
 def examples(config: DataConfig) -> Iterator[Document]:
     """The examples of a prepared tfds dataset, read without TensorFlow."""
-    builder = _builder(config)
     label = config.tfds_name or config.tfds_dir
+    with opening(f"data: the dataset {label} cannot be opened"):
+        builder = _builder(config)
     if not builder.info.splits:
         raise UserError(
             f"data.tfds_name={label} is not prepared in {builder.data_dir}; first run\n  "
@@ -28,22 +30,34 @@ def examples(config: DataConfig) -> Iterator[Document]:
     if config.text_field not in builder.info.features:
         has = ", ".join(builder.info.features)
         raise UserError(f"data.text_field={config.text_field!r} is not in {label} (it has {has})")
+    has = ", ".join(builder.info.splits)
     try:
-        rows = builder.as_data_source(config.tfds_split)
+        with opening(f"data.tfds_split={config.tfds_split!r} cannot be read; it has {has}"):
+            rows = builder.as_data_source(config.tfds_split)
     except NotImplementedError:
         raise UserError(
             f"data: {label} in {builder.data_dir} is not stored as array_record, which is the one "
             "format that is read without TensorFlow; prepare it again with "
             "file_format='array_record'"
         ) from None
-    except ValueError as error:
-        has = ", ".join(builder.info.splits)
-        raise UserError(f"data.tfds_split={config.tfds_split!r}: {error}; it has {has}") from None
     for number in range(len(rows)):
-        value = rows[number][config.text_field]
+        with opening(f"data: {label}:{number} cannot be read"):
+            value = rows[number][config.text_field]
         yield Document(
             f"{label}:{number}", field_bytes(value, f"{label}:{number}", config.text_field)
         )
+
+
+@contextlib.contextmanager
+def opening(what: str) -> Iterator[None]:
+    """Says `what` in a UserError, whatever a damaged dataset or a wrong name makes tfds raise."""
+    try:
+        yield
+    except (UserError, NotImplementedError):
+        raise
+    except Exception as error:  # ValueError, AssertionError, errors of JSON, of the network, ...
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"{what}: {reason}") from None
 
 
 def _builder(config: DataConfig) -> tfds.core.DatasetBuilder:

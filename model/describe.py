@@ -49,7 +49,9 @@ class DescribeConfig(Section):
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Prints the tables, or JSON; the report."""
-    own = [arg for arg in argv if not arg.startswith(("--config", "--bundle"))]
+    of_model = ("--bundle", "--config")
+    own = [arg for arg in argv if not arg.startswith("--config.")]
+    own = [arg for arg in own if arg.partition("=")[0] not in of_model]
     options = cli.flags(own, DescribeConfig)
     name, model = opened([arg for arg in argv if arg not in own])
     found = report(name, model, options)
@@ -62,7 +64,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 def opened(argv: Sequence[str]) -> tuple[str, ModelConfig]:
     """(name, model) of `--config=FILE` with its overrides, or of `--bundle=DIR`."""
-    bundles = [arg.partition("=")[2] for arg in argv if arg.startswith("--bundle")]
+    bundles = [arg.partition("=")[2] for arg in argv if arg.partition("=")[0] == "--bundle"]
+    if bundles == [""]:
+        raise UserError("--bundle is empty: name the directory of a bundle, --bundle=DIR")
+    if len(bundles) > 1:
+        raise UserError(f"--bundle is given {len(bundles)} times: {', '.join(bundles)}; name one")
     if bundles and len(argv) > 1:
         raise UserError(f"{' '.join(argv)}: --bundle goes without --config; name one of the two")
     if bundles:
@@ -154,10 +160,10 @@ def training(model: ModelConfig, contexts: Sequence[int], batches: Sequence[int]
 
 def run() -> None:
     """`python -m model.describe`."""
-    if any(arg in ("-h", "--help") for arg in sys.argv[1:]):
-        print("\n".join([__doc__.strip(), "", *cli.fields_text("", DescribeConfig)]))
-        return
     with cli.exits():
+        if any(arg in ("-h", "--help") for arg in sys.argv[1:]):
+            print("\n".join([__doc__.strip(), "", *cli.fields_text("", DescribeConfig)]))
+            return
         main(sys.argv[1:])
 
 

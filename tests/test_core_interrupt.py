@@ -165,7 +165,7 @@ def test_a_stdout_that_takes_nothing(monkeypatch, capfd, kind):
         with cli.exits():
             print("x")
         return
-    said = {"full": "what was being written: No space", "broken": "the reader of the output left"}
+    said = {"full": "stdout: No space left on device", "broken": "the reader of the output left"}
     status, err = ends(capfd, lambda: print("x"))
     assert status == 1 and err.startswith(f"error: {said[kind]}") and err.count("\n") == 1
     stream.close()  # writes nothing any more, so it cannot fail when Python ends

@@ -207,6 +207,10 @@ def test_a_bad_config_is_refused(fields, message):
         DataConfig(**fields)
 
 
+def test_a_tokenizer_that_is_there_may_have_fewer_pieces_than_one_to_train():
+    assert DataConfig(tokenizer="bytes", vocab_size=257).vocab_size == 257
+
+
 def test_too_few_documents_say_what_happened(tmp_path, folder):
     (tmp_path / "e.jsonl").write_text("")
     with pytest.raises(UserError, match="gave 0 usable documents of 0 read: give at least two"):
@@ -344,6 +348,8 @@ def test_a_tfds_dataset_is_read_without_tensorflow(datasets):
         (dict(tfds_name="no_such_set"), "no_such_set is neither prepared in .* nor known"),
         (dict(tfds_name="lm1b"), r"lm1b is not prepared in(.|\n)*download_and_prepare"),
         (dict(tfds_name=""), "holds no dataset_info.json"),
+        (dict(tfds_name="no/such/name"), "the dataset no/such/name cannot be opened: Parsing"),
+        (dict(tfds_name="tiny_text:9.9.9"), "the dataset tiny_text:9.9.9 cannot be opened"),
         (dict(tfds_name="tiny_text"), r"text_field='text' is not in tiny_text \(it has body\)"),
         (dict(tfds_name="tiny_text", text_field="body", tfds_split="dev"), "'dev'.*has train"),
     ],

@@ -216,7 +216,7 @@ def test_mistakes_are_told_before_weights_are_read(bundle, tmp_path, monkeypatch
     for fields, message in {
         "no such task": (dict(tasks=("niah",)), "'niah', which is no task: they are niah_single_1"),
         "no questions": (dict(tasks=("qa_1",)), "name a JSON file in bench.questions"),
-        "no file": (dict(loss_rows=1, text=("no*.txt",)), r"bench.text=no\*.txt matches no file"),
+        "no file": (dict(loss_rows=1, text=("no*.txt",)), r"bench.text: no\*.txt matches no file"),
     }.values():
         with pytest.raises(UserError, match=message):
             run(bundle, monkeypatch, contexts=(16,), **fields)

@@ -267,7 +267,7 @@ def test_lists_are_filled_up_with_what_is_no_token():
         (dict(min_tokens=9, max_tokens=8), "min_tokens=9 is more than max_tokens=8"),
         (dict(banned_tokens=(3, -1)), r"banned_tokens=\(3, -1\) is out of range"),
         (dict(logit_bias=((3, 1), (3, 2))), "logit_bias names token 3 twice"),
-        (dict(logit_bias=((3, float("nan")),)), "logit_bias has a value that is not a number"),
+        (dict(logit_bias=((3, float("nan")),)), r"logit_bias\[0\]\[1\]=nan is not finite"),
         (dict(logit_bias=((3, 1, 2),)), r"logit_bias\[0\]=\(3, 1, 2\) must have 2 items"),
         (dict(logit_bias=((3, "x"),)), r"logit_bias\[0\]\[1\]='x' is str"),
     ],

@@ -82,7 +82,7 @@ def test_what_haystack_is_wrong(tmp_path):
     write(tmp_path / "a.md", "text")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     for name, message in {
-        "none*.txt": r"bench.haystack=.*none\*.txt matches no file: name .txt",
+        "none*.txt": r"bench.haystack: .*none\*.txt matches no file; check",
         "empty.txt": r"bench.haystack=.*empty.txt.* has no words",
         "a.md": r"bench.haystack: .*a.md is not a .txt",
         "latin.txt": r"bench.haystack: .*latin.txt is not UTF-8",

@@ -302,6 +302,12 @@ def test_a_config_with_its_overrides(capsys):
         (["--config=configs/quickstart.py", "--cache=int3"], ["'int3'", "'int4'"]),
         (["--config=configs/quickstart.py", "--weights=()"], ["weights=()"]),
         (["7B"], ["7B", "--name=value"]),
+        (["--bundle="], ["--bundle is empty"]),
+        (["--bundle=a", "--bundle=b"], ["given 2 times: a, b"]),
+        (["--bundles=a"], ["--bundles is not a field"]),
+        (["--config=configs/quickstart.py", "--contexts"], ["--contexts has no value"]),
+        (["--config=configs/quickstart.py", "--contexts=1e30"], ["contexts[0]=1e+30 is beyond"]),
+        (["--config=configs/quickstart.py", "--group=1", "--group=2"], ["--group is given twice"]),
     ],
 )
 def test_mistake_is_one_message(argv, parts_of_message, capsys, monkeypatch):

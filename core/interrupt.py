@@ -3,8 +3,9 @@
     package/__init__.py:  interrupt.watch()            the seconds of imports before main()
     core/cli.py:          with interrupt.raised(): ...  the work: KeyboardInterrupt, files tidied up
 
-The first Ctrl-C during the work raises KeyboardInterrupt, so that every `finally` runs. The second
-one ends the process at once.
+The first Ctrl-C during the work raises KeyboardInterrupt, so that every `finally` runs. Python
+raises it between two of its own instructions: a compiler in C++ ends its minute first. The second
+Ctrl-C ends the process at once, there too.
 """
 
 import contextlib
@@ -12,11 +13,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 STATUS = 130  # what shells give a process that SIGINT ended: 128 + 2
 AGAIN = 0.05  # seconds until a KeyboardInterrupt that was lost in a destructor is raised again
+PATIENCE = 1.0  # seconds that the main thread has to come to its handler after a second Ctrl-C
 
 _told = False  # the line stands on stderr
 
@@ -73,6 +75,16 @@ def raised() -> Iterator[list[int]]:
         again.daemon = True
         again.start()
 
+    def stuck() -> None:
+        # A command with a handler of its own, as train.pretrain, may have good use for two.
+        if not asked and signal.getsignal(signal.SIGINT) is ask:
+            at_once(signal.SIGINT, None)
+
+    # Python writes the number of each signal into this pipe, even while the main thread is in C++.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_count, args=(reader, stuck), daemon=True).start()
     signal.signal(signal.SIGINT, ask)
     sys.unraisablehook = unraisable
     try:
@@ -80,3 +92,17 @@ def raised() -> Iterator[list[int]]:
     finally:
         sys.unraisablehook = hook
         signal.signal(signal.SIGINT, usual)
+        signal.set_wakeup_fd(before)
+        os.close(writer)  # which ends the thread
+
+
+def _count(reader: int, stuck: Callable[[], None]) -> None:
+    """Calls `stuck` PATIENCE seconds after a second Ctrl-C."""
+    with os.fdopen(reader, "rb", buffering=0) as numbers:
+        pressed = 0
+        while number := numbers.read(1):
+            pressed += number[0] == signal.SIGINT
+            if pressed == 2:
+                timer = threading.Timer(PATIENCE, stuck)
+                timer.daemon = True
+                timer.start()

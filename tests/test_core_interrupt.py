@@ -97,6 +97,33 @@ def test_a_second_ctrl_c_ends_the_process_at_once(monkeypatch, capfd):
     assert capfd.readouterr().err == "interrupted\n"
 
 
+# OpenSSL's loop lasts for hours, and Python runs no handler in it: as in a compiler.
+STUCK = """
+import hashlib
+from core import interrupt
+with interrupt.raised():
+    print("begun", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"x", b"x", 2**31 - 1)
+"""
+
+
+def test_a_second_ctrl_c_reaches_a_main_thread_in_c():
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.readline()
+    for _ in range(2):
+        time.sleep(0.2)  # two signals that come at once are one
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "interrupted\n")
+
+
 def test_sigint_stays_ignored_where_it_was(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["-m"])
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

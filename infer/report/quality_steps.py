@@ -125,15 +125,13 @@ def _seconds(row: Row, texts: int, new: int, config: BenchConfig, best: Peaks) -
 
 
 def _texts(material: Material, config: BenchConfig) -> dict[str, Any]:
-    files = [fingerprint(Path(path)) for path in _paths(config.text, "bench.text")]
+    files = [fingerprint(path) for path in _paths(config.text, "bench.text")]
     return {"source": material.source, "texts": len(material.tokens), "files": files}
 
 
 def _task_settings(kind: str, config: BenchConfig) -> dict[str, Any]:
     found = {"samples": config.task_samples}
-    found["haystack"] = [
-        fingerprint(Path(path)) for path in _paths(config.haystack, "bench.haystack")
-    ]
+    found["haystack"] = [fingerprint(path) for path in _paths(config.haystack, "bench.haystack")]
     if kind in quality.BY_DEPTH:
         found["depths"] = list(config.depths)
     if kind in tasks.QUESTIONS:
@@ -141,7 +139,7 @@ def _task_settings(kind: str, config: BenchConfig) -> dict[str, Any]:
     return found
 
 
-def _paths(globs: Sequence[str], field: str) -> list[str]:
+def _paths(globs: Sequence[str], field: str) -> list[Path]:
     return [path for pattern in globs for path in haystack.matches(pattern, field)]
 
 

@@ -19,7 +19,7 @@ from typing import Any, TextIO, TypeVar
 import ml_collections
 from ml_collections.config_dict import RequiredValueError
 
-from core import backend, config_file, interrupt, literals
+from core import backend, config_file, interrupt, literals, precedence
 from core.config import (
     Experiment,
     Section,
@@ -172,6 +172,7 @@ def parse(argv: Sequence[str], classes: dict[str, type[Section]]) -> Experiment:
         refuse_twice(overrides)
         for arg in overrides:
             override(config, arg, files[0])
+        precedence.settle(config, overrides)
         experiment = freeze(config)
     except RequiredValueError as error:
         raise UserError(f"{files[0]}: {error}") from None

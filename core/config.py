@@ -16,7 +16,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import ml_collections
 
@@ -55,7 +55,14 @@ def setting(
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Base of every part of a config: checks types and ranges, then its own `check`."""
+    """Base of every part of a config: checks types and ranges, then its own `check`.
+
+    core/precedence.py reads the pairs: fields of which one at most is set, and fields that are
+    nothing without another.
+    """
+
+    EXCLUSIVE: ClassVar[tuple[tuple[str, str], ...]] = ()
+    NEEDS: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     def __post_init__(self):
         hints = type_hints(type(self))

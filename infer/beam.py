@@ -25,12 +25,11 @@ import numpy as np
 from core import sharding
 from core.config import UserError
 from infer import steps
-from infer.config import DecodeConfig
+from infer.config import DRAWN, DecodeConfig
 from infer.engine import Engine
 from infer.prefix import Reader, batch_dims, take
 from infer.programs import bucket
 from infer.rows import Row, Spent
-from infer.sampling import Sampling
 from infer.steps import Prefilled
 from model.transformer import Transformer
 
@@ -292,9 +291,9 @@ def check(config: DecodeConfig, rows: Sequence[Row], vocab_size: int) -> None:
     if config.beams > vocab_size:
         raise UserError(f"{beams} is more than the vocabulary of {vocab_size}: lower it")
     for row in rows:
-        for field in dataclasses.fields(Sampling):
+        for field in DRAWN:
             value = getattr(row.how, field.name)
-            if field.name not in ("max_tokens", "n") and value != field.default:
+            if value != field.default:
                 raise UserError(
                     f"{row.prompt.where}: {beams} with {field.name}={value}: beam search looks for "
                     f"the likeliest text and draws nothing; leave {field.name} at {field.default}"

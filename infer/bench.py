@@ -16,13 +16,14 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from core import backend, cli
-from core.checkpoint import write_text
+from core import backend, cli, streams
 from core.config import Experiment
+from core.output import signed
 from core.sharding import MeshConfig, make_mesh
 from infer.config import BenchConfig
 from infer.report import (
     compare,
+    folder,
     peaks,
     plots,
     predict,
@@ -33,7 +34,7 @@ from infer.report import (
     tables,
     topology,
 )
-from infer.report.store import Store
+from infer.report.store import NAME, Store
 from model.config import ModelConfig
 
 
@@ -44,15 +45,24 @@ def main(experiment: Experiment) -> dict[str, Any]:
         return compare.main(experiment)
     began = time.perf_counter()
     output = Path(config.output or Path(experiment.workdir) / "bench")
-    work = topology.report if config.topology else measure
-    report = work(experiment, output)
-    report["seconds"] = time.perf_counter() - began
-    write(report, output)
+    data, page = folder.claim(output, "report")
+    with streams.guarded(data.kept):
+        if config.topology:
+            report, store = topology.report(experiment), None
+        else:
+            report, store = measure(experiment, output)
+        report["seconds"] = time.perf_counter() - began
+        data.write(json.dumps(report, indent=1) + "\n")
+        pictures = plots.draw([("", report)], output)
+        page.write(signed(tables.page(report, pictures)))
+        if store:
+            store.remove()
+        show(report, output, pictures)
     return report
 
 
-def measure(experiment: Experiment, output: Path) -> dict[str, Any]:
-    """The report of this device; what is measured is kept in rows.jsonl meanwhile."""
+def measure(experiment: Experiment, output: Path) -> tuple[dict[str, Any], Store]:
+    """The report of this device, and what was measured, which is kept in rows.jsonl meanwhile."""
     config: BenchConfig = experiment.bench
     backend.keep_programs(experiment.workdir)
     with jax.set_mesh(make_mesh(experiment.mesh)):
@@ -61,14 +71,13 @@ def measure(experiment: Experiment, output: Path) -> dict[str, Any]:
         material = quality.read(experiment, tokenizer, of.model.config.vocab_size)
         available = predict.capacity(config.memory_gib, 0)
         planned = sweep.plan(source.cases_of(of.model, config), config, available)
-        output.mkdir(parents=True, exist_ok=True)
         device = f"{peaks.num_devices()} x {jax.devices()[0].device_kind}"
         report = source.head(experiment, of, device)
         print(tables.title(report), file=sys.stderr, flush=True)
         planned = sweep.with_model(planned, source.cases_of(source.weights(of), config))
         best = peaks.measure(of.model.config.compute_dtype)
         report["peaks"] = best._asdict()
-        store = Store(output / "rows.jsonl", sweep.depends(experiment, of.depends))
+        store = Store(output / NAME, sweep.depends(experiment, of.depends))
         speeds = sweep.speeds(planned, config, best)
         told = quality_steps.steps(planned, material, config, best, available)
         results = sweep.run([*speeds, *(task for _, _, task in told)], store)
@@ -78,16 +87,11 @@ def measure(experiment: Experiment, output: Path) -> dict[str, Any]:
         row["quality"] = qualities.get(one.name, {})
     report["quality_text"] = material.source
     report["effective_length"] = quality.by_case(report["rows"])
-    return report
+    return report, store
 
 
-def write(report: dict[str, Any], output: Path) -> None:
-    """The files of a report, and its tables on the terminal. The lines of the sweep are done."""
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "report.json", json.dumps(report, indent=1) + "\n")
-    pictures = plots.draw([("", report)], output)
-    write_text(output / "report.md", tables.page(report, pictures))
-    (output / "rows.jsonl").unlink(missing_ok=True)
+def show(report: dict[str, Any], output: Path, pictures: list[str]) -> None:
+    """Prints the tables, and where the files are."""
     console = Console()
     console.print(tables.terminal(report))
     for line in tables.missing(report["rows"]):

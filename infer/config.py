@@ -26,6 +26,8 @@ class Rows(Section):
 class Weights(Section):
     """How the weights are held."""
 
+    NEEDS = (("weights_group", "weights"),)
+
     weights: Kind = setting("compute", "model.dtype, or rounded to int8 or int4 when they are read")
     weights_group: int | None = setting(
         None,
@@ -35,9 +37,29 @@ class Weights(Section):
     )
 
 
+# The settings of which beam search has no use.
+DRAWN = [field for field in dataclasses.fields(Sampling) if field.name not in ("max_tokens", "n")]
+
+
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig(Rows, Sampling, Weights, Form):
     """What `python -m infer.decode` continues, and how."""
+
+    EXCLUSIVE = (
+        *Form.EXCLUSIVE,
+        ("prompt", "prompts"),
+        ("cache_pages", "speculate"),
+        ("beams", "speculate"),
+        ("beams", "top_logprobs"),
+        *(("beams", field.name) for field in DRAWN),
+    )
+    NEEDS = (
+        *Form.NEEDS,
+        *Weights.NEEDS,
+        ("draft", "speculate"),
+        ("draft_step", "draft"),
+        ("length_penalty", "beams"),
+    )
 
     prompt: str = setting("", "one text; with no prompts either, a document from its start")
     prompts: str = setting(
@@ -48,7 +70,7 @@ class DecodeConfig(Rows, Sampling, Weights, Form):
     top_logprobs: int = setting(0, "give those of so many of the likeliest tokens too", low=0)
     prompt_logprobs: bool = setting(False, "give those of the prompt's tokens")
     stream: bool = setting(True, "show text as it comes, not when its row has ended")
-    output: str = setting("", "a JSON lines file of the results")
+    output: str = setting("", "a JSON lines file: rows are appended as they end; - for stdout")
     share_prefix: int = setting(
         64, "a beginning of so many tokens that prompts share is read once; 0 is never", low=0
     )
@@ -84,13 +106,18 @@ class DecodeConfig(Rows, Sampling, Weights, Form):
 class ScoreConfig(Rows, Weights, Form):
     """What `python -m infer.score` reads."""
 
+    NEEDS = (*Form.NEEDS, *Weights.NEEDS)
+
     input: str = setting("", "a .jsonl (text or tokens), a .txt (a text a line), - for stdin")
-    output: str = setting("", "a JSON lines file of the results")
+    output: str = setting("", "a JSON lines file: rows are appended as they end; - for stdout")
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchConfig(Rows, Weights, Form):
     """The context-window report of `python -m infer.bench`."""
+
+    EXCLUSIVE = (*Form.EXCLUSIVE, ("compare", "topology"))
+    NEEDS = (*Form.NEEDS, *Weights.NEEDS)
 
     checkpoint: str = setting("", "a bundle; empty is the workdir, or random weights")
     contexts: tuple[int, ...] = setting(

@@ -2,21 +2,21 @@
 
     python -m infer.decode --config=configs/quickstart.py --config.decode.prompt="def "
 
-Stdout carries the new text alone, the rest goes to stderr; decode.output gets JSON lines.
+Stdout carries the new text alone, the rest goes to stderr. decode.output gets JSON lines, in the
+order of the prompts: a row is appended when it and all before it have ended, and a run that is cut
+off appends the others that have ended too.
 """
 
+import contextlib
 import dataclasses
-import json
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 from rich.console import Console
 
-from core import backend, cli
-from core.checkpoint import write_text
+from core import backend, cli, rows_file, streams
 from core.config import Experiment
 from core.sharding import MeshConfig, make_mesh, prefilling
 from infer import beam, load, speculate
@@ -41,10 +41,11 @@ def main(experiment: Experiment) -> list[dict]:
     rows = read_rows(config, found)
     beam.check(config, rows, (found.tokenizer or found.config).vocab_size)
     found_draft = speculate.find_draft(config, found, rows)
-    if config.output:
-        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    inputs = [("decode.prompts", config.prompts), *found.files("decode.checkpoint")]
+    file = rows_file.Rows(config.output, "decode.output", inputs)
     backend.keep_programs(experiment.workdir)
-    with jax.set_mesh(make_mesh(experiment.mesh)):
+    mesh = make_mesh(experiment.mesh)
+    with file, streams.guarded(file.kept), jax.set_mesh(mesh), saved(rows, config, file) as save:
         mesh = experiment.mesh
         rules = prefilling(mesh.strategy, mesh.ulysses, mesh.both_ways)
         both = [each for each in (found, found_draft) if each]
@@ -61,7 +62,8 @@ def main(experiment: Experiment) -> list[dict]:
         engine = Engine(model, plan, found.tokenizer, config.top_logprobs, Form.of(config))
         print(header(found, config, rows, roundings[0]), file=sys.stderr, flush=True)
         packed = pack([row.how for row in rows])
-        show, spent = Show(rows, config.stream), Spent()
+        # Rows that go to stdout have it to themselves.
+        show, spent = Show([] if file.is_stdout else rows, config.stream), Spent()
         prompts, new = zip(*((row.prompt.tokens, row.how.max_tokens) for row in asked), strict=True)
         reader = Reader(engine, prompts, new, config.share_prefix, config.prompt_logprobs)
         speculator = None
@@ -75,15 +77,34 @@ def main(experiment: Experiment) -> list[dict]:
             else:
                 grown = decode(reader, speculator, rows, part, packed.rows(part), spent)
             for _ in grown:
+                save()
                 show.update()
         print(summary(reader, rows, spent), file=sys.stderr)
         if speculator:
             print(speculator.summary(), file=sys.stderr)
-    results = [row.result(config) for row in rows]
-    if config.output:
-        write_text(Path(config.output), "".join(json.dumps(row) + "\n" for row in results))
-        print(f"{len(rows)} rows in {config.output}", file=sys.stderr)
-    return results
+        if config.output:
+            print(file.told(), file=sys.stderr)
+    return [row.result(config) for row in rows]
+
+
+@contextlib.contextmanager
+def saved(
+    rows: list[Row], config: DecodeConfig, file: rows_file.Rows
+) -> Iterator[Callable[[], None]]:
+    """Gives a function that appends to the file what has ended, up to the first that has not.
+
+    In the end, whatever it is (an error, Ctrl-C), the rows after that which have ended follow.
+    """
+
+    def save() -> None:
+        while file.count < len(rows) and rows[file.count].finish_reason:
+            file.append([rows[file.count].result(config)])
+
+    try:
+        yield save
+    finally:
+        save()
+        file.append(row.result(config) for row in rows[file.count :] if row.finish_reason)
 
 
 def decode(

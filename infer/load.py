@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from core import tree
+from core import checkpoint, tree
 from core.checkpoint import Bundle
 from core.config import UserError
 from core.lazy import Stored
@@ -32,6 +32,11 @@ class Found(NamedTuple):
     step: int
     config: ModelConfig
     tokenizer: Tokenizer | None
+
+    def files(self, field: str) -> list[tuple[str, Path]]:
+        """Returns what the bundle is made of, under its field: no output may go there."""
+        names = checkpoint.CONFIG, checkpoint.TOKENIZER, "metrics.jsonl", str(self.step)
+        return [(field, self.path / name) for name in names]
 
 
 def find(path: str | Path, step: int | None = None) -> Found:

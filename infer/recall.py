@@ -3,7 +3,8 @@
     python -m infer.recall --config=configs/long_context_lab.py:full
 
 The text is prefilled in chunks, each question is a key after it, and the answer is what greedy
-decoding writes: right if it is the value, token by token. Writes recall.json into the workdir.
+decoding writes: right if it is the value, token by token. Writes recall.json into the workdir, anew
+after each row; "complete" tells whether all rows are in it.
 
     for row in rows(model, tokenizer, RecallConfig(lengths=(1024, 2048))):
         print(row["length"], row["accuracy"])
@@ -21,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from core import backend, cli, tree
-from core.checkpoint import write_text
+from core import backend, cli, streams, tree
 from core.config import Experiment, UserError
+from core.output import File, is_json
 from core.sharding import MeshConfig, make_mesh, prefilling
 from data import recall
 from data.tokenizer_base import Tokenizer
@@ -37,6 +38,7 @@ from model.rope import Rope
 from model.transformer import Transformer
 
 ANSWER = 1  # tokens of a value
+KEYS = "name", "bundle", "rows"  # of recall.json
 
 
 def main(experiment: Experiment) -> list[dict[str, Any]]:
@@ -45,18 +47,22 @@ def main(experiment: Experiment) -> list[dict[str, Any]]:
     found = load.find(config.checkpoint or experiment.workdir, config.step)
     if found.tokenizer is None:
         raise UserError(f"{found.path} has no tokenizer: recall asks in words")
-    output = Path(config.output or Path(experiment.workdir) / "recall.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    path = config.output or Path(experiment.workdir) / "recall.json"
+    file = File(path, "recall.output", is_json(*KEYS), found.files("recall.checkpoint"))
     mesh, done = experiment.mesh, []
+    count = len(config.ropes) * len(config.lengths)
     backend.keep_programs(experiment.workdir)
-    with jax.set_mesh(make_mesh(mesh)):
+    with streams.guarded(file.kept), jax.set_mesh(make_mesh(mesh)):
         model = load.restore(found, prefilling(mesh.strategy, mesh.ulysses, mesh.both_ways))
         for row in rows(model, found.tokenizer, config):
             done.append(row)
+            values = experiment.name, f"{found.path} step {found.step}", done
+            # After each row, so that none is lost; stdout gets the whole, once.
+            if file.kept or len(done) == count:
+                report = dict(zip(KEYS, values, strict=True), complete=len(done) == count)
+                file.write(json.dumps(report, indent=1) + "\n")
             print(line(row), file=sys.stderr, flush=True)
-    result = {"name": experiment.name, "bundle": f"{found.path} step {found.step}", "rows": done}
-    write_text(output, json.dumps(result, indent=1) + "\n")
-    print(table(done))
+        print(table(done), file=sys.stderr if file.is_stdout else sys.stdout)
     return done
 
 

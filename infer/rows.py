@@ -14,7 +14,7 @@ from data.tokenizer_base import Tokenizer
 from infer import text
 from infer.config import DecodeConfig
 from infer.load import Found
-from infer.sampling import Sampling
+from infer.sampling import NO_ID, Sampling
 from infer.text import Prompt, Writer
 from model.cache_form import Form
 
@@ -45,14 +45,16 @@ class Row:
         self.logprobs.append(logprob)
         self.top_logprobs.append(top)
         self.unshown += self.writer.push(token) if self.writer else f"{token} "
+        reason = None
         if token in eos or (self.writer and self.writer.stopped):
-            self.finish_reason = "stop"
+            reason = "stop"
         elif len(self.tokens) == self.how.max_tokens:
-            self.finish_reason = "length"
-        if self.finish_reason and self.writer:
+            reason = "length"
+        if reason and self.writer:
             self.unshown += self.writer.flush()
             if self.writer.stopped:  # by the half character that `flush` gave out
-                self.finish_reason = "stop"
+                reason = "stop"
+        self.finish_reason = reason  # last: from now on the row is whole
 
     def result(self, config: DecodeConfig) -> dict:
         """The row of decode.output."""
@@ -118,6 +120,8 @@ def settings(config: DecodeConfig, prompt: Prompt) -> Sampling:
         for name in given:
             if name not in values:
                 raise UserError(unknown_field(name, name, [*values, "text", "tokens"]))
+        if isinstance(given.get("stop"), str):
+            given["stop"] = [given["stop"]]
         if isinstance(given.get("logit_bias"), Mapping):
             given["logit_bias"] = _pairs(given["logit_bias"])
         return build(Sampling, {**values, **given})
@@ -128,8 +132,8 @@ def settings(config: DecodeConfig, prompt: Prompt) -> Sampling:
 def _pairs(bias: Mapping[str, Any]) -> list[tuple[int, Any]]:
     """logit_bias as JSON has it: ids are strings there."""
     for token in bias:
-        if not token.isdecimal():
-            raise UserError(f"logit_bias names {token!r}, which is not the id of a token")
+        if not token.isdecimal() or len(token) > len(str(NO_ID)):
+            raise UserError(f"logit_bias names {token[:SHOWN]!r}, which is not the id of a token")
     return [(int(token), value) for token, value in bias.items()]
 
 

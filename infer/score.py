@@ -2,20 +2,17 @@
 
     python -m infer.score --config=configs/quickstart.py --config.score.input=texts.jsonl
 
-A summary goes to stdout, score.output gets JSON lines.
+A summary goes to stdout. score.output gets JSON lines, appended batch by batch.
 """
 
-import json
 import math
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from core import backend, cli
-from core.checkpoint import write_text
+from core import backend, cli, rows_file, streams
 from core.config import Experiment, UserError
 from core.sharding import MeshConfig, make_mesh, prefilling
 from infer import load, text
@@ -42,25 +39,29 @@ def main(experiment: Experiment) -> list[dict]:
                 f"score.input={config.input}: text {number} has {len(row)} tokens, more than "
                 f"model.context={found.config.context}: shorten it, or set score.cache_window"
             )
-    if config.output:
-        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
+    inputs = [("score.input", config.input), *found.files("score.checkpoint")]
+    file = rows_file.Rows(config.output, "score.output", inputs)
+    began, results = time.perf_counter(), []
     backend.keep_programs(experiment.workdir)
-    with jax.set_mesh(make_mesh(experiment.mesh)):
-        mesh = experiment.mesh
+    mesh = experiment.mesh
+    with file, streams.guarded(file.kept), jax.set_mesh(make_mesh(mesh)):
         rules = prefilling(mesh.strategy, mesh.ulysses, mesh.both_ways)
         rounding = weights.rounding(found.config, rules, config.weights, config.weights_group)
         model = load.restore(found, rules, rounding)
         size = min(config.batch_size, len(rows))
         plan = Plan.of(size, max(map(len, rows)), 0, config.prefill_chunk)
         engine = Engine(model, plan, form=form)
-        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-        scores = [row_T for batch in batches for row_T in engine.score(batch)[1]]
-    results = [result(row, score) for row, score in zip(rows, scores, strict=True)]
-    if config.output:
-        write_text(Path(config.output), "".join(json.dumps(row) + "\n" for row in results))
-        print(f"{len(rows)} rows in {config.output}", file=sys.stderr)
-    print(summary(results, time.perf_counter() - began))
+        for first in range(0, len(rows), size):
+            batch = rows[first : first + size]
+            _, scores = engine.score(batch)
+            done = [result(row, score) for row, score in zip(batch, scores, strict=True)]
+            file.append(done)
+            results += done
+        if config.output:
+            print(file.told(), file=sys.stderr)
+        # Rows that go to stdout have it to themselves.
+        to = sys.stderr if file.is_stdout else sys.stdout
+        print(summary(results, time.perf_counter() - began), file=to)
     return results
 
 
@@ -71,8 +72,16 @@ def result(tokens: np.ndarray, logprobs: np.ndarray) -> dict:
         "tokens": tokens.tolist(),
         "logprobs": [None, *logprobs.tolist()],
         "mean_logprob": mean,
-        "perplexity": None if mean is None else math.exp(-mean),
+        "perplexity": None if mean is None else perplexity(mean),
     }
+
+
+def perplexity(mean_logprob: float) -> float:
+    """Returns exp(-mean), which is infinite where no float is as large."""
+    try:
+        return math.exp(-mean_logprob)
+    except OverflowError:
+        return math.inf
 
 
 def summary(results: list[dict], seconds: float) -> str:
@@ -83,7 +92,7 @@ def summary(results: list[dict], seconds: float) -> str:
     mean = math.fsum(scored) / len(scored)
     return (
         f"{len(results)} texts, {len(scored)} tokens scored in {seconds:.1f} s: "
-        f"mean log-probability {mean:.4f} nats, perplexity {math.exp(-mean):.2f}"
+        f"mean log-probability {mean:.4f} nats, perplexity {perplexity(mean):.2f}"
     )
 
 

@@ -1,7 +1,7 @@
 """Text in and text out: prompts from files, and the text of a row as its tokens come."""
 
 import dataclasses
-import json
+import io
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from core import json_lines
 from core.config import UserError
 from data.tokenizer_base import Tokenizer, overlap
 
@@ -26,21 +27,23 @@ class Prompt:
 def read(path: str, field: str, tokenizer: Tokenizer | None, vocab_size: int) -> list[Prompt]:
     """The prompts of a .jsonl or a .txt (one a line, an empty line included), or of stdin (-).
 
-    Stdin is .jsonl if it starts with a brace. `field` is what errors name.
+    Stdin is .jsonl if it starts with a brace. In .jsonl blank lines are skipped. A byte order mark
+    is left out, and lines may end as on Windows. `field` is what errors name.
     """
-    if path == "-":
-        content = sys.stdin.read()
-        is_json = content.lstrip().startswith("{")
-    else:
+    is_json = path.lower().endswith(".jsonl")
+    if path != "-":
         if not Path(path).is_file():
             raise UserError(f"{field}={path}: there is no such file")
-        is_json = path.endswith(".jsonl")
-        if not is_json and not path.endswith(".txt"):
+        if not is_json and not path.lower().endswith(".txt"):
             raise UserError(f"{field}={path}: only .txt and .jsonl are understood, and - for stdin")
-        try:
-            content = Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{field}={path} is not UTF-8: {error}") from None
+    try:
+        content = _stdin(field) if path == "-" else _decode(Path(path).read_bytes())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{field}={path} is not UTF-8: {error}; convert it") from None
+    except OSError as error:
+        raise UserError(f"{field}={path} cannot be read: {error.strerror}") from None
+    if path == "-":
+        is_json = content.lstrip().startswith("{")
     lines = content.removesuffix("\n").split("\n") if content else []
     if not is_json:
         prompts = [
@@ -56,6 +59,19 @@ def read(path: str, field: str, tokenizer: Tokenizer | None, vocab_size: int) ->
     if not prompts:
         raise UserError(f"{field}={path} is empty")
     return prompts
+
+
+def _stdin(field: str) -> str:
+    if sys.stdin is None:
+        raise UserError(f"{field}=-, but stdin is closed: name a file")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # in UTF-8, whatever the locale says
+        return _decode(sys.stdin.buffer.read())
+    return sys.stdin.read()
+
+
+def _decode(raw: bytes) -> str:
+    """A text in UTF-8, with newlines alone at the ends of its lines."""
+    return io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8-sig").read()
 
 
 def from_text(text: str, where: str, tokenizer: Tokenizer | None) -> Prompt:
@@ -77,9 +93,11 @@ def from_text(text: str, where: str, tokenizer: Tokenizer | None) -> Prompt:
 
 def _from_json(line: str, where: str, tokenizer: Tokenizer | None, vocab_size: int) -> Prompt:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
+        row = json_lines.parse(line)
+    except ValueError as error:
+        raise UserError(f"{where} {str(error).removeprefix('it ')}") from None
+    if isinstance(row, dict):  # null is as good as nothing
+        row = {name: value for name, value in row.items() if value is not None}
     if not isinstance(row, dict) or ("text" in row) == ("tokens" in row):
         raise UserError(f'{where} must be {{"text": ...}} or {{"tokens": [...]}}')
     if "text" in row:
@@ -93,8 +111,12 @@ def _from_json(line: str, where: str, tokenizer: Tokenizer | None, vocab_size: i
 
 
 def _from_tokens(tokens: Any, where: str, vocab_size: int) -> Prompt:
-    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
-        raise UserError(f"{where}: tokens must be a list of integers")
+    no_id = (
+        [token for token in tokens if type(token) is not int] if isinstance(tokens, list) else []
+    )
+    if not isinstance(tokens, list) or no_id:
+        such = f", and {repr(no_id[0])[:40]} is {type(no_id[0]).__name__}" if no_id else ""
+        raise UserError(f"{where}: tokens must be a list of integers{such}")
     if not tokens:
         raise UserError(f"{where}: tokens is empty; give at least one")
     wrong = [token for token in tokens if not 0 <= token < vocab_size]

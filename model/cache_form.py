@@ -19,6 +19,14 @@ BITS = {"int8": 8, "int4": 4}
 class Form(Section):
     """Frozen and hashable; the default keeps every key and value as it was computed."""
 
+    EXCLUSIVE = (
+        ("cache_host", "cache_pages"),
+        ("cache_host", "k_cache"),
+        ("cache_host", "v_cache"),
+        ("cache_pages", "cache_window"),
+    )
+    NEEDS = (("cache_sinks", "cache_window"),)
+
     k_cache: Numbers = setting(
         "compute", "keys are kept so; int8 and int4 with a scale for each vector of a head"
     )

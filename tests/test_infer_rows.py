@@ -153,12 +153,15 @@ def test_every_setting_of_a_line_counts(bundle, tmp_path):
         banned_tokens=[8], min_tokens=2, max_tokens=9, stop=["x"], seed=4, n=3,
     )  # fmt: skip
     assert set(line) == {field.name for field in dataclasses.fields(Sampling)}
-    path = cases.write_jsonl(tmp_path / "in.jsonl", [{"text": "a", **line}, {"text": "a"}])
+    harmless = {"text": "b", "stop": "x", "seed": None}  # one stop as a text, null as nothing
+    path = cases.write_jsonl(
+        tmp_path / "in.jsonl", [{"text": "a", **line}, harmless, {"text": "a"}]
+    )
     found = load.find(bundle)
-    *own, plain = rows.read_rows(DecodeConfig(prompts=path, max_tokens=5), found)
+    *own, other, plain = rows.read_rows(DecodeConfig(prompts=path, max_tokens=5), found)
     expected = Sampling(**{**line, "logit_bias": ((7, 1.5),)})
     assert [row.sample for row in own] == [0, 1, 2] and {row.how for row in own} == {expected}
-    assert plain.how == Sampling(max_tokens=5)
+    assert plain.how == Sampling(max_tokens=5) and other.how == Sampling(max_tokens=5, stop=("x",))
     assert all(x is not None for x in pack([expected]))
     fields = {**line, "logit_bias": ((7, 1.5),)}
     (section, *_) = rows.read_rows(DecodeConfig(prompt="a", **fields), found)
@@ -199,7 +202,7 @@ LINES = [
     ({"temperature": "hot"}, "temperature='hot' is str, but it must be float"),
     ({"top_p": 1.5}, "top_p=1.5 is out of range: it must be > 0 and <= 1"),
     ({"temperature": 0, "n": 2}, "temperature=0 with n=2: greedy samples are all the same"),
-    ({"stop": "x"}, "stop='x' is str, but it must be tuple"),
+    ({"stop": 3}, "stop=3 is int, but it must be tuple"),
     ({"logit_bias": {"x": 1}}, "logit_bias names 'x', which is not the id of a token"),
     ({"logit_bias": {"290": 1}}, "token 290, which is not in the vocabulary of 290"),
     ({"allowed_tokens": [3, 300]}, "allowed_tokens names token 300, which is not in"),

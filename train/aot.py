@@ -7,17 +7,17 @@ The same step as train.pretrain runs, from shapes alone: no array is made. Needs
 """
 
 import dataclasses
-from pathlib import Path
+import json
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from core import aot, backend, cli, hardware, hlo, layout, sharding, tree
-from core.checkpoint import write_text
+from core import aot, backend, cli, hardware, hlo, layout, sharding, streams, tree
 from core.config import Experiment
 from core.hardware import Chip
+from core.output import File, begins_with, is_json
 from core.sharding import MeshConfig, Rules, make_mesh
 from data.batch import Batch
 from model import transformer
@@ -35,6 +35,9 @@ ATTENTION = "/attention/shard_map/"  # in the op_name of all that an attention k
 def main(experiment: Experiment) -> Report:
     """Compiles, prints the table and writes the files that `aot` names."""
     config: AotConfig = experiment.aot
+    file = File(config.output, "aot.output", is_json("topology", "fits", "compile_seconds"))
+    other = [("aot.output", config.output)]
+    program = File(config.text, "aot.text", begins_with("HloModule"), other)
     devices = aot.slice_devices(config.topology)
     with jax.set_mesh(make_mesh(experiment.mesh, devices)):
         one_document = np.ones((1, experiment.train.length), np.int32)
@@ -43,11 +46,13 @@ def main(experiment: Experiment) -> Report:
         order = layout.order(rules.layout, experiment.train.length, rules.ring_size())
     chip = hardware.one_device(devices)
     report = measure(experiment, compiled, chip, len(devices), order)
-    aot_report.show(experiment, report)
-    if config.output:
-        aot_report.write(Path(config.output), report)
-    if config.text and compiled.text:
-        write_text(Path(config.text), compiled.text)
+    file.write(json.dumps(aot_report.to_dict(report), indent=2) + "\n")
+    if compiled.text:
+        program.write(compiled.text)
+    # A file that goes to stdout has it to itself.
+    if not (file.is_stdout or program.is_stdout):
+        with streams.guarded(file.kept):
+            aot_report.show(experiment, report)
     return report
 
 

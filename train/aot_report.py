@@ -1,15 +1,12 @@
 """The report of train.aot: its figures, its table, its JSON, and what to change to make it fit."""
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from core.checkpoint import write_text
 from core.config import Experiment
 from core.hardware import Chip
 from core.hlo import Collective
@@ -64,12 +61,6 @@ def to_dict(report: Report) -> dict[str, Any]:
         for c in report.collectives
     ]
     return values
-
-
-def write(path: Path, report: Report) -> None:
-    """The JSON file, under its name only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(to_dict(report), indent=2) + "\n")
 
 
 def show(experiment: Experiment, report: Report) -> None:

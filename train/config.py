@@ -14,6 +14,8 @@ OPERATIONAL = ("log_every", "eval_every", "save_every", "keep", "overwrite", "da
 class TrainConfig(Section):
     """Pre-training with AdamW (Loshchilov & Hutter, arXiv 1711.05101)."""
 
+    NEEDS = (("start_step", "start"),)
+
     steps: int = setting(1000, "optimizer steps", low=1)
     batch_size: int = setting(8, "rows a step, over all devices", low=1)
     length: int = setting(512, "tokens a row", low=2)

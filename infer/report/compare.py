@@ -11,10 +11,11 @@ from typing import Any
 
 from rich.console import Console
 
-from core.checkpoint import write_text
+from core import json_lines, streams
 from core.config import Experiment, UserError
+from core.output import signed
 from infer.config import BenchConfig
-from infer.report import plots, tables
+from infer.report import folder, plots, tables
 
 FIGURES = {  # head of the column -> (key, unit)
     "prefill s": ("prefill_seconds", 1.0),
@@ -34,17 +35,17 @@ def main(experiment: Experiment) -> dict[str, Any]:
     config: BenchConfig = experiment.bench
     reports = [(name, read(path)) for name, path in labels(config.compare)]
     output = Path(config.output or Path(experiment.workdir) / "compare")
-    output.mkdir(parents=True, exist_ok=True)
+    data, page_file = folder.claim(output, "compare")
     files = {name: str(path) for name, path in labels(config.compare)}
     compared = {"reports": files, "rows": ratios(reports)}
-    write_text(output / "compare.json", json.dumps(compared, indent=1) + "\n")
+    data.write(json.dumps(compared, indent=1) + "\n")
     pictures = plots.draw(reports, output)
-    text = page(reports, compared["rows"], pictures)
-    write_text(output / "compare.md", text)
-    console = Console()
-    for line in lines(compared["rows"]):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
-    print(f"{output}/compare.json, compare.md, {', '.join(pictures)}")
+    page_file.write(signed(page(reports, compared["rows"], pictures)))
+    with streams.guarded(data.kept):
+        console = Console()
+        for line in lines(compared["rows"]):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+        print(f"{output}/compare.json, compare.md, {', '.join(pictures)}")
     return compared
 
 
@@ -67,7 +68,7 @@ def labels(paths: Sequence[str]) -> list[tuple[str, Path]]:
 def read(path: Path) -> dict[str, Any]:
     """A report; UserError names the file that is none."""
     try:
-        report = json.loads(path.read_bytes())
+        report = json_lines.parse(path.read_bytes())
     except ValueError as error:
         raise UserError(f"bench.compare={path} is not JSON: {error}") from None
     rows = report.get("rows") if isinstance(report, dict) else None

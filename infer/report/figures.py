@@ -3,7 +3,7 @@
 Colours are Okabe and Ito's: told apart by every eye, and in print by their markers.
 """
 
-import os
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +13,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from core import output
+
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 DASHES = ("-", (0, (4, 2)), (0, (4, 2, 1, 2)), (0, (1.5, 1.5)))
 DPI = 150
+SOFTWARE = "Cakrawala"  # in each PNG that is saved
 MOST_TICKS = 11
 
 
@@ -172,10 +175,15 @@ def own_legend(axes: Axes) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG under its name only when it is whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=DPI)
-    os.replace(temporary, path)
+    """Writes a PNG under its name only when it is whole; `is_ours` knows it again."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=DPI, metadata={"Software": SOFTWARE})
+    output.replace(path, out.getvalue())
+
+
+def is_ours(content: bytes) -> bool:
+    """Whether a file is a PNG that `save` wrote."""
+    return content.startswith(b"\x89PNG") and f"Software\0{SOFTWARE}".encode() in content[:1024]
 
 
 def name_of_tokens(n: float) -> str:

@@ -13,29 +13,25 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from core import output
 from infer import tasks
 from infer.report import figures, heat
 from infer.report.figures import Look, Series, line, name_of_tokens
 from infer.report.quality import BY_DEPTH
 
+NAMES = "decode.png", "prefill.png", "memory.png", "cost.png", "quality.png", "needle.png"
 Reports = Sequence[tuple[str, Mapping[str, Any]]]  # (label, report)
 
 
 def draw(reports: Reports, folder: Path) -> list[str]:
     """Writes the pictures that there are figures for; their names."""
     series = every_series(reports)
-    drawn = {
-        "decode.png": decode(series),
-        "prefill.png": prefill(series),
-        "memory.png": heat.memory(series),
-        "cost.png": cost(series),
-        "quality.png": quality(series),
-        "needle.png": heat.needle(series),
-    }
+    painters = decode, prefill, heat.memory, cost, quality, heat.needle
+    drawn = {name: paint(series) for name, paint in zip(NAMES, painters, strict=True)}
     for name, figure in drawn.items():
         if figure is not None:
             figures.save(figure, folder / name)
-        else:
+        elif not output.is_foreign(folder / name, figures.is_ours):
             (folder / name).unlink(missing_ok=True)  # of an earlier report
     return [name for name, figure in drawn.items() if figure is not None]
 

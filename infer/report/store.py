@@ -15,6 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from core import output, rows_file
+
+NAME = "rows.jsonl"
+START = b'{"key": "'  # begins every line
+
 
 class Store:
     """The lines of a file, by what they are of."""
@@ -22,11 +27,11 @@ class Store:
     def __init__(self, path: Path, depends: Mapping[str, Any]):
         """`depends`: what every line depends on. A line that a killed run left half is dropped."""
         self.path, self._depends = path, dict(depends)
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        if len(whole) < len(lines):
-            path.write_text("".join(whole))
+        whole, cut = _lines(path.read_bytes() if path.is_file() else b"")
+        if cut:
+            os.truncate(path, sum(map(len, whole)))
         self._found = {line["key"]: line["result"] for line in map(json.loads, whole)}
+        self._file = rows_file.Rows(str(path), "bench.output")
 
     def _key(self, of: Mapping[str, Any]) -> str:
         text = json.dumps({**self._depends, **of}, sort_keys=True)
@@ -39,12 +44,28 @@ class Store:
     def put(self, of: Mapping[str, Any], result: Any) -> Any:
         """Adds a line, on the disk when this returns; the result as it will be read again."""
         text = json.dumps({"key": self._key(of), "of": dict(of), "result": result})
-        with self.path.open("a") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._file.append_line(text + "\n")
+        self._file.sync()
         self._found[self._key(of)] = json.loads(text)["result"]
         return self.get(of)
+
+    def remove(self) -> None:
+        """Removes the file: the report has what was in it."""
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+
+def _lines(content: bytes) -> tuple[list[bytes], bytes]:
+    """(whole lines, what a killed run left of the next)."""
+    *whole, cut = content.split(b"\n")
+    return [line + b"\n" for line in whole], cut
+
+
+def is_ours(content: bytes) -> bool:
+    """Whether a file holds lines of a sweep and no others; the last may be cut off."""
+    whole, cut = _lines(content)
+    is_line = output.is_json("key", "of", "result")
+    return all(map(is_line, whole)) and (START.startswith(cut) or cut.startswith(START))
 
 
 def fingerprint(path: Path) -> str:

@@ -8,7 +8,6 @@ Attention over the cache is a loop whose trips depend on how full it is, so its 
 import functools
 import math
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +39,7 @@ class Programs(NamedTuple):
     step: aot.Compiled | None  # None where one of the others was refused
 
 
-def report(experiment: Experiment, output: Path) -> dict[str, Any]:
+def report(experiment: Experiment) -> dict[str, Any]:
     """The report for `bench.topology`, with the rows that the sweep here would have."""
     config: BenchConfig = experiment.bench
     devices = aot.slice_devices(config.topology, "bench.topology")

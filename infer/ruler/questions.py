@@ -11,10 +11,10 @@ other paragraphs of the article in SQuAD. Contexts of other questions fill the r
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from core import json_lines
 from core.config import UserError
 from infer.ruler.sample import Task, stream, where
 
@@ -54,7 +54,7 @@ def read(path: str, field: str) -> Questions:
     if not Path(path).is_file():
         raise UserError(f"{field}={path}: there is no such file; it must be JSON: {FORMAT}")
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = json_lines.parse(Path(path).read_bytes())
     except ValueError as error:  # not JSON, or not UTF-8
         raise UserError(f"{field}={path} is not JSON: {error}; it must be {FORMAT}") from None
     if not isinstance(rows, list) or not rows:

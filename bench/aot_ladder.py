@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.commands import call
 from core import cli
-from core.checkpoint import write_text
+from core.output import File, begins_with, is_json
 
 ROWS, TABLE = Path("docs/aot.json"), Path("docs/aot.md")
 LENGTHS = {"32K": 2**15, "128K": 2**17, "512K": 2**19, "1M": 2**20}
@@ -65,6 +65,8 @@ COLUMNS = {
 
 def main() -> None:
     """Measures the rows that are missing, then writes the table."""
+    rows = File(ROWS, "aot.json", is_json("topology", "length", "pattern"))
+    page = File(TABLE, "aot.md", begins_with(HEAD.partition("\n")[0]))
     done = json.loads(ROWS.read_text()) if ROWS.exists() else []
     for topology, lengths, variant in CASES:
         for name in lengths:
@@ -72,10 +74,10 @@ def main() -> None:
             if row is None:
                 row = measure(topology, name, variant)
                 done.append(row)
-                write_text(ROWS, json.dumps(done, indent=1) + "\n")
+                rows.write(json.dumps(done, indent=1) + "\n")
             if row["fits"]:
                 break
-    write_text(TABLE, HEAD + table(done))
+    page.write(HEAD + table(done))
 
 
 def find(rows: list[dict], topology: str, name: str, variant: str) -> dict | None:

@@ -6,8 +6,8 @@ Models whose runs/lab-*/recall.json is there are kept: delete it to ask again, o
 train again. The docs also get a picture, and all figures in a JSON file.
 """
 
+import io
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -16,14 +16,14 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from bench.commands import call
-from core import cli
-from core.checkpoint import write_text
+from core import cli, output
+from core.output import File, begins_with, is_json
 
 CONFIG = "configs/long_context_lab.py"
 SHORT = "short", "short-nsa"  # where the others begin
 KINDS = "full", "sliding", "sinks", "moba", "nsa"
 EXTENDED, TRAINED = "extended", "yarn, trained a little at 4K"
-DOCS = Path("docs")
+DOCS, PAGE = Path("docs"), "long-context-lab"
 COMMANDS = "data.prepare", "train.pretrain", "infer.recall"
 # Okabe and Ito's palette, and a marker each: told apart by every eye, and in print.
 STYLES = {
@@ -43,20 +43,28 @@ STYLES = {
 
 def main() -> None:
     """Runs what is missing, then writes the table, the picture and the figures."""
+    data = File(DOCS / f"{PAGE}.json", PAGE, is_json(*SHORT, *KINDS))
+    page = File(DOCS / f"{PAGE}.md", PAGE, begins_with(HEAD.partition("\n")[0]))
+    File(DOCS / f"{PAGE}.png", PAGE, lambda content: content.startswith(b"\x89PNG"))
     for name in (*SHORT, *KINDS, EXTENDED):
-        if not (run(name) / "recall.json").is_file():
+        if not is_asked(run(name) / "recall.json"):
             for command in COMMANDS:
                 print(command, name, file=sys.stderr, flush=True)
                 call([sys.executable, "-m", command, f"--config={CONFIG}:{name}"])
     models = {name: collect(run(name)) for name in (*SHORT, *KINDS, EXTENDED)}
-    write_text(DOCS / "long-context-lab.json", json.dumps(models, indent=1) + "\n")
-    write_text(DOCS / "long-context-lab.md", markdown(models))
-    picture(models, DOCS / "long-context-lab.png")
+    data.write(json.dumps(models, indent=1) + "\n")
+    page.write(markdown(models))
+    picture(models, DOCS / f"{PAGE}.png")
 
 
 def run(name: str) -> Path:
     """The workdir of a model."""
     return Path(f"runs/lab-{name}")
+
+
+def is_asked(path: Path) -> bool:
+    """Whether a recall.json is there with all of its rows, and no run was cut off that wrote it."""
+    return path.is_file() and json.loads(path.read_text()).get("complete", True)
 
 
 def collect(workdir: Path) -> dict[str, Any]:
@@ -150,9 +158,9 @@ def picture(models: dict[str, Any], path: Path) -> None:
             fontsize=9, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14)
         )
     axes[0].set_ylabel("values found, %")
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=130)
-    os.replace(temporary, path)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=130)
+    output.replace(path, out.getvalue())
 
 
 def _draw(panel, name: str, x: list[float], y: list[float]) -> None:

@@ -86,14 +86,15 @@ def is_foreign(path: Path, is_ours: Callable[[bytes], bool]) -> bool:
 
 
 def is_json(*keys: str) -> Callable[[bytes], bool]:
-    """Returns a test whether a file holds one JSON object with these keys."""
+    """Returns a test whether a file is a JSON object with these keys, or a list of such."""
 
     def test(content: bytes) -> bool:
         try:
             value = json.loads(content)
         except (ValueError, RecursionError):
             return False
-        return isinstance(value, dict) and value.keys() >= {*keys}
+        values = value if isinstance(value, list) else [value]
+        return all(isinstance(each, dict) and each.keys() >= {*keys} for each in values)
 
     return test
 

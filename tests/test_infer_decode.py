@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import io
 import json
-import os
 from types import SimpleNamespace
 
 import infer_cases as cases
@@ -213,41 +212,6 @@ def test_output_rows(bundle, tmp_path, tokenizer, capsys):
     assert list(output.parent.iterdir()) == [output]
 
 
-def test_rows_that_have_ended_are_in_the_file_when_the_run_is_cut_off(
-    bundle, tmp_path, monkeypatch
-):
-    lines = [{"text": "a", "max_tokens": n, "min_tokens": n} for n in (2, 30, 3, 2)]
-    prompts, output = cases.write_jsonl(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
-    output.write_text('{"of": "an earlier run"}\n')
-    calls = []
-
-    def update(self):
-        calls.append(len(output.read_text().splitlines()))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(decode.Show, "update", update)
-    with pytest.raises(KeyboardInterrupt):
-        run(bundle, prompts=prompts, output=str(output), batch_size=3)
-    assert calls == [2, 2], "a row is there when it and all before it have ended"
-    first, *rows = map(json.loads, output.read_text().splitlines())
-    assert first == {"of": "an earlier run"}
-    assert [len(row["tokens"]) for row in rows] == [2, 3]
-    assert all(row["finish_reason"] and row["text"] for row in rows)
-
-
-def test_a_reader_of_stdout_that_leaves_ends_no_run_that_writes_a_file(
-    bundle, tmp_path, monkeypatch
-):
-    reader, writer = os.pipe()
-    os.close(reader)
-    output = tmp_path / "out.jsonl"
-    with open(writer, "w") as stdout:
-        monkeypatch.setattr("sys.stdout", stdout)
-        rows = run(bundle, prompt="the", output=str(output))
-    assert [json.loads(line) for line in output.read_text().splitlines()] == rows
-
-
 def test_a_seed_gives_one_text_and_samples_differ(bundle, tokenizer):
     runs = [run(bundle, prompt="the", temperature=2.0, n=3, seed=seed) for seed in (4, 4, 5)]
     texts = [[row["text"] for row in rows] for rows in runs]
@@ -323,19 +287,8 @@ def test_prompts_from_a_text_file_and_from_stdin(tmp_path, tokenizer, monkeypatc
     (tmp_path / "p.txt").write_text("one\n\ntwo {\n")
     prompts = text.read(str(tmp_path / "p.txt"), "decode.prompts", tokenizer, 290)
     assert [prompt.text for prompt in prompts] == ["one", "", "two {"]
-    (tmp_path / "p.JSONL").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}\r\n')
-    prompts = text.read(str(tmp_path / "p.JSONL"), "decode.prompts", tokenizer, 290)
-    assert [(prompt.text, prompt.where[-6:]) for prompt in prompts] == [
-        ("a", "line 1"),
-        ("b", "line 3"),
-    ]
-    ascii_stdin = io.TextIOWrapper(io.BytesIO("\u2603\n".encode()), "ascii")
-    for stdin, expected in (
-        (io.StringIO("a\nb"), ["a", "b"]),
-        (io.StringIO('{"text": "c\\nd"}\n'), ["c\nd"]),
-        (ascii_stdin, ["\u2603"]),
-    ):
-        monkeypatch.setattr("sys.stdin", stdin)
+    for content, expected in (("a\nb", ["a", "b"]), ('{"text": "c\\nd"}\n', ["c\nd"])):
+        monkeypatch.setattr("sys.stdin", io.StringIO(content))
         prompts = text.read("-", "decode.prompts", tokenizer, 290)
         assert [prompt.text for prompt in prompts] == expected
 
@@ -349,24 +302,11 @@ def test_prompts_from_a_text_file_and_from_stdin(tmp_path, tokenizer, monkeypatc
         ('{"tokens": "3"}', "line 1: tokens must be a list of integers"),
         ('{"tokens": []}', "line 1: tokens is empty"),
         ('{"tokens": [3, 290]}', "line 1: token 290 is not in the vocabulary of 290"),
-        ('{"tokens": [1, true]}', "tokens must be a list of integers, and True is bool"),
-        ('{"tokens": [1.0]}', "tokens must be a list of integers, and 1.0 is float"),
-        ('{"tokens": [-1]}', "line 1: token -1 is not in the vocabulary of 290"),
-        ('{"text": null}', 'line 1 must be {"text": ...} or {"tokens": [...]}'),
-        ('{"text": "a", "n": NaN}', "line 1 is not JSON: NaN is no number there"),
-        ('{"text": "\\ud800"}', "line 1 holds \\ud800, half a character"),
-        ('{"text": "a", "text": "b"}', "line 1 names 'text' twice"),
-        ("\n" + "[" * 100_000, "in.jsonl line 2 is nested more than 100 levels deep"),
-        ('{"text": ' + "1" * 5000 + "}", "line 1 holds a number of 5,000 digits"),
-        ('{"text": "a", "logit_bias": {"' + "1" * 5000 + '": 1}}', "which is not the id of a tok"),
-        ('{"text": "a\0"}', "line 1 is not JSON: Invalid control character"),
-        (b'{"text": "\xff"}', "in.jsonl is not UTF-8"),
         ("", "in.jsonl is empty"),
     ],
-    ids=lambda value: repr(value)[:30],
 )
 def test_refused_rows(bundle, tmp_path, lines, message):
-    (tmp_path / "in.jsonl").write_bytes(lines if isinstance(lines, bytes) else lines.encode())
+    (tmp_path / "in.jsonl").write_text(lines)
     with pytest.raises(UserError) as error:
         run(bundle, prompts=str(tmp_path / "in.jsonl"))
     assert message in str(error.value) and "decode.prompts=" in str(error.value)

@@ -122,7 +122,19 @@ def test_the_command(vocabulary, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="not a token a word"):
         recall.main(experiment)
     monkeypatch.setattr(recall.load.tokenizers, "load", lambda _: vocabulary)
+    (tmp_path / "recall.json").write_text("notes")
+    with pytest.raises(UserError, match="recall.json is there already, and this command did not"):
+        recall.main(experiment)
+    (tmp_path / "recall.json").unlink()
+    kept = []
+
+    def line(row):
+        kept.append(json.loads((tmp_path / "recall.json").read_text()))
+        return ""
+
+    monkeypatch.setattr(recall, "line", line)
     rows = recall.main(experiment)
+    assert [(len(one["rows"]), one["complete"]) for one in kept] == [(1, False), (2, True)]
     assert [(row["rope"], row["length"]) for row in rows] == [("none", 160), ("yarn", 160)]
     written = json.loads((tmp_path / "recall.json").read_text())
     assert written["rows"] == rows and written["bundle"] == f"{tmp_path} step {cases.STEP}"

@@ -7,12 +7,14 @@ import infer_cases as cases
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from core.config import UserError
+from core.output import signed
 from infer import bench
 from infer.config import BenchConfig
 from infer.report import cases as variants
-from infer.report import compare, figures, heat, plots, tables
+from infer.report import compare, figures, folder, heat, plots, tables
 from infer.report.measure import Measured
 from infer.report.peaks import Peaks
 from infer.report.rows import measured, plan, planned
@@ -202,6 +204,44 @@ def test_what_cannot_be_compared_is_refused(two, tmp_path):
         with pytest.raises(UserError, match=message):
             run(two[0], str(path))
     assert not (tmp_path / "compare").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("decode.png", "mine", "decode.png is there already, and this command did not write it"),
+        ("compare.json", "{}", "compare.json is there already"),
+        (
+            "compare.md",
+            signed("# Context windows compared").replace("w", "W"),
+            "compare.md is there already",
+        ),
+        ("report.json", "{}", "holds report.json, whose pictures would be replaced"),
+        ("", "mine", "out is a file: name a folder"),
+    ],
+)
+def test_files_of_the_user_are_not_replaced(two, tmp_path, name, content, message):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        bench.main(
+            cases.experiment(tmp_path, bench=BenchConfig(compare=two, output=str(tmp_path / "out")))
+        )
+    assert path.read_text() == content and {*(tmp_path / "out").rglob("*")} <= {path}
+
+
+def test_a_report_knows_its_own_files_and_keeps_lines_of_others(report, tmp_path):
+    data, page = folder.claim(tmp_path, "report")
+    data.write(json.dumps(report))
+    page.write(signed(tables.page(report, [])))
+    figures.save(Figure(), tmp_path / "decode.png")
+    (tmp_path / "rows.jsonl").write_text('{"key": "a", "of": {}, "result": 1}\n{"ke')
+    folder.claim(tmp_path, "report")
+    for content in ('{"mine": 1}\n', "mine"):
+        (tmp_path / "rows.jsonl").write_text(content)
+        with pytest.raises(UserError, match="rows.jsonl is there already"):
+            folder.claim(tmp_path, "report")
 
 
 def test_labels_are_what_differs(tmp_path):

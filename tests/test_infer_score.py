@@ -68,6 +68,32 @@ def test_scores_are_those_of_the_full_forward(bundle, tmp_path, monkeypatch, cap
     assert f"4 texts, {count} tokens scored" in out and f"{total / count:.4f} nats" in out
 
 
+def test_rows_of_a_batch_are_in_the_file_when_the_next_is_cut_off(bundle, tmp_path, monkeypatch):
+    class Fake:
+        calls = 0
+
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def score(self, batch):
+            self.calls += 1
+            if self.calls == 2:
+                raise KeyboardInterrupt
+            return None, [np.full(len(row) - 1, -800.0) for row in batch]
+
+    monkeypatch.setattr(score, "Engine", Fake)
+    monkeypatch.setattr(load, "restore", lambda *_: None)
+    path = cases.write_jsonl(tmp_path / "in.jsonl", [{"tokens": [1, 2, n]} for n in range(3)])
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(bundle, monkeypatch, input=path, output=str(output), batch_size=2)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["tokens"] for row in rows] == [[1, 2, 0], [1, 2, 1]]
+    assert rows[0]["mean_logprob"] == -800 and rows[0]["perplexity"] is None  # beyond float64
+    with pytest.raises(UserError, match="score.output=.* is the file of score.input="):
+        run(bundle, monkeypatch, input=path, output=path)
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 2)])
 def test_long_chunks_are_scored_in_parts(sizes):
     """300 tokens in chunks of 256, whose logits exist for 64 tokens a shard at a time."""

@@ -28,6 +28,7 @@ from core.config import UserError
 
 log = logging.getLogger("cakrawala")
 
+ENDS = signal.SIGTERM, signal.SIGHUP
 BLOCK = 2**16  # bytes that are read first, from the end of a file
 
 
@@ -64,7 +65,7 @@ class Rows:
 
     def append_line(self, line: str) -> None:
         """Writes the line of a row."""
-        # Ctrl-C waits, or a row could be there and not be counted.
+        # A signal waits, or a row could be there and not be counted.
         with _uninterrupted(self._file):
             try:
                 if self.is_stdout:
@@ -111,10 +112,21 @@ class Rows:
                 os.close(file)
 
     def __enter__(self) -> "Rows":
+        """SIGTERM and SIGHUP end the work as Ctrl-C does: every `finally` may still append."""
+        for number in ENDS if threading.current_thread() is threading.main_thread() else ():
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _end)
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+        for number in ENDS:
+            if signal.getsignal(number) is _end:
+                signal.signal(number, signal.SIG_DFL)
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    sys.exit(128 + number)  # the status that shells give
 
 
 def _open(target: Path, path: str, field: str) -> int:
@@ -190,21 +202,23 @@ def _append(file: int, line: bytes) -> None:
 
 @contextlib.contextmanager
 def _uninterrupted(file: int | None) -> Iterator[None]:
-    """Holds Ctrl-C back until a row is written; not where a reader may keep us waiting."""
+    """Holds signals back until a row is written; not where a reader may keep us waiting."""
     is_main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT)
-    is_regular = file is not None and stat.S_ISREG(os.fstat(file).st_mode)
-    if not is_main or not is_regular or not callable(before):
+    if not is_main or file is None or not stat.S_ISREG(os.fstat(file).st_mode):
         yield
         return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDS)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     came = []
-    signal.signal(signal.SIGINT, lambda *args: came.append(args))
+    for number in handlers:
+        signal.signal(number, lambda *args: came.append(args))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        if came:
-            before(*came[0])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in came[:1]:
+            handlers[number](number, frame)
 
 
 @contextlib.contextmanager

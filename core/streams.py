@@ -17,8 +17,9 @@ from typing import Any, TextIO
 class Guarded:
     """A text stream that drops what it cannot write, from the first time on."""
 
-    def __init__(self, stream: TextIO):
-        self.stream = stream
+    def __init__(self, stream: TextIO | None):
+        # None is a stream that was closed (`>&-`).
+        self.stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
         self.error: OSError | None = None  # why it writes no more
 
     def write(self, text: str) -> int:

@@ -174,9 +174,9 @@ def main(argv: Sequence[str]) -> None:
     """Converts as the arguments say."""
     args = parse(argv)
     if args.from_hf:
-        from_hf(args.from_hf, args.to_bundle.absolute(), args.dtype)
+        from_hf(args.from_hf, Path(os.path.realpath(args.to_bundle)), args.dtype)
     else:
-        target = args.to_hf.absolute()
+        target = Path(os.path.realpath(args.to_hf))
         from_bundle(args.from_bundle, target, args.dtype, args.shard_gb, args.step)
 
 

@@ -92,19 +92,23 @@ def test_a_full_disk_keeps_whole_rows_and_says_how_many(tmp_path):
     )
 
 
-def test_ctrl_c_waits_until_a_row_is_written_and_counted(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_a_signal_waits_until_a_row_is_written_and_counted(tmp_path, monkeypatch, number, error):
     append = rows_file._append
 
     def interrupted(file, line):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         append(file, line)
 
     monkeypatch.setattr(rows_file, "_append", interrupted)
     with Rows(str(tmp_path / "out.jsonl"), FIELD) as rows:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(error):
             rows.append([{"a": 1}, {"a": 2}])
         assert rows.count == 1
     assert written(tmp_path / "out.jsonl") == [{"a": 1}]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_fifo_gets_rows_and_a_pipe_is_named_when_its_reader_leaves(tmp_path):
@@ -165,10 +169,12 @@ def closed_pipe() -> io.TextIOWrapper:
 
 
 def test_work_with_a_file_goes_on_when_the_reader_of_stdout_leaves(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", closed_pipe())
-    with streams.guarded(kept="out.jsonl"):
-        for _ in range(3):
-            print("text", flush=True)
+    for stdout in (closed_pipe(), None):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with streams.guarded(kept="out.jsonl"):
+            for _ in range(3):
+                print("text", flush=True)
+                sys.stdout.write("text")
     monkeypatch.setattr(sys, "stdout", closed_pipe())
     with streams.guarded(kept=""), pytest.raises(BrokenPipeError):
         print("text", flush=True)

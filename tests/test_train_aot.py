@@ -53,6 +53,19 @@ def run(capsys, monkeypatch, case):
     return command(capsys, monkeypatch, case, aot, SECTIONS, start=start)
 
 
+def test_files_of_the_user_are_refused_before_anything_is_compiled(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(aot.aot, "slice_devices", None)
+    same, mine = str(tmp_path / "aot.json"), tmp_path / "step.txt"
+    mine.write_text("notes")
+    for text, message in ((str(mine), "step.txt is there already"), (same, "the file of aot.outp")):
+        status, stderr = run(capsys, monkeypatch, experiment(tmp_path, dict(text=text)))
+        assert status == 2 and f"error: aot.text={text}" in stderr and message in stderr
+    (tmp_path / "aot.json").write_text('{"notes": 1}')
+    status, stderr = run(capsys, monkeypatch, experiment(tmp_path))
+    assert status == 2 and f"error: aot.output={same} is there already" in stderr
+    assert mine.read_text() == "notes"
+
+
 def test_report_of_a_sharded_step(tmp_path, capsys, monkeypatch):
     text = tmp_path / "step.txt"
     mesh = dict(data=1, seq=2, model=2)

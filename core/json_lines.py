@@ -35,7 +35,7 @@ def parse(line: bytes | str, *, lenient: bool = False) -> Any:
     if not lenient and ("\\u" in text or not text.isascii()):
         found = HALF.search(json.dumps(value, ensure_ascii=False))
         if found:
-            raise ValueError(f"it holds \\u{ord(found[0]):x}, half a character (a lone surrogate)")
+            raise ValueError(f"\\u{ord(found[0]):x} is half a character (a lone surrogate)")
     return value
 
 

@@ -156,7 +156,7 @@ def _check_tail(file: int, target: Path, path: str, field: str) -> int:
             f"{remedy}, or complete or remove that line"
         )
     try:
-        found = json_lines.parse(line, lone_surrogates=True)
+        found = json_lines.parse(line, lenient=True)
     except ValueError:
         found = None
     if not isinstance(found, dict):

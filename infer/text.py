@@ -95,7 +95,7 @@ def _from_json(line: str, where: str, tokenizer: Tokenizer | None, vocab_size: i
     try:
         row = json_lines.parse(line)
     except ValueError as error:
-        raise UserError(f"{where} {str(error).removeprefix('it ')}") from None
+        raise UserError(f"{where}: {error}".replace(": it is", " is", 1)) from None
     if isinstance(row, dict):  # null is as good as nothing
         row = {name: value for name, value in row.items() if value is not None}
     if not isinstance(row, dict) or ("text" in row) == ("tokens" in row):

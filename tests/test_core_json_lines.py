@@ -23,7 +23,7 @@ BAD = {
     "[NaN]": "it is not JSON: NaN is no number there",
     "-Infinity": "it is not JSON: -Infinity is no number there",
     "1e999": "it holds the number 1e999, which is too large",
-    '{"\\udc00": 1}': "it holds \\udc00, half a character (a lone surrogate)",
+    '{"\\udc00": 1}': "\\udc00 is half a character (a lone surrogate)",
     '{"a": 1, "b": 2, "a": 3}': "it names 'a' twice",
     '{"a": "\0"}': "it is not JSON: Invalid control character at (character 8)",
     "{} {}": "it is not JSON: Extra data (character 4)",

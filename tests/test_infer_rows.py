@@ -153,7 +153,7 @@ def test_every_setting_of_a_line_counts(bundle, tmp_path):
         banned_tokens=[8], min_tokens=2, max_tokens=9, stop=["x"], seed=4, n=3,
     )  # fmt: skip
     assert set(line) == {field.name for field in dataclasses.fields(Sampling)}
-    harmless = {"text": "b", "stop": "x", "seed": None}  # one stop as a text, null as nothing
+    harmless = {"text": "b", "stop": "x", "seed": None, "max_tokens": 4.0}
     path = cases.write_jsonl(
         tmp_path / "in.jsonl", [{"text": "a", **line}, harmless, {"text": "a"}]
     )
@@ -161,7 +161,7 @@ def test_every_setting_of_a_line_counts(bundle, tmp_path):
     *own, other, plain = rows.read_rows(DecodeConfig(prompts=path, max_tokens=5), found)
     expected = Sampling(**{**line, "logit_bias": ((7, 1.5),)})
     assert [row.sample for row in own] == [0, 1, 2] and {row.how for row in own} == {expected}
-    assert plain.how == Sampling(max_tokens=5) and other.how == Sampling(max_tokens=5, stop=("x",))
+    assert plain.how == Sampling(max_tokens=5) and other.how == Sampling(max_tokens=4, stop=("x",))
     assert all(x is not None for x in pack([expected]))
     fields = {**line, "logit_bias": ((7, 1.5),)}
     (section, *_) = rows.read_rows(DecodeConfig(prompt="a", **fields), found)

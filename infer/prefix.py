@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compute_on import compute_on
 
+from core import offload
 from infer.engine import Engine, chunk_for
 from infer.steps import Prefilled
 
@@ -204,8 +204,8 @@ def take(now: Prefilled, row_B: jax.Array, dims: Any) -> Prefilled:
     def pick(x: jax.Array, row_B: jax.Array, dim: int) -> jax.Array:
         if jax.typeof(x).memory_space != Space.Host:
             return jnp.take(x, row_B, axis=dim, mode="clip")
-        on_host = compute_on("device_host")(jax.jit(jnp.take, static_argnames=("axis", "mode")))
-        return on_host(x, jax.device_put(row_B, Space.Host), axis=dim, mode="clip")
+        clipped = functools.partial(jnp.take, axis=dim, mode="clip")
+        return offload.run_on_host(clipped)(x, jax.device_put(row_B, Space.Host))
 
     def local(now, row_B):
         return jax.tree.map(lambda x, dim: pick(x, row_B, dim), now, dims)

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from core.config import Unsupported, UserError
+from core.sharding import Rules
 from infer import guess, load, steps
 from infer.config import DecodeConfig
 from infer.engine import Engine, ahead
@@ -119,7 +120,7 @@ def _check(
             draft, now.draft, state, now.last_B, total_B, guesses,
             vocab_size=static["vocab_size"], width=model.config.vocab_size, eos=eos,
         )  # fmt: skip
-    tokens_BT = jnp.concatenate([now.last_B[:, None], guess_Bk], axis=1)
+    tokens_BT = _join(now.last_B[:, None], guess_Bk, model.rules)
     active_B1, each_1T = ~state.done_B[:, None], jnp.arange(guesses + 1)[None]
     # Nothing is guessed beyond a row's limit: there is no room for it.
     known_BT = active_B1 & (tokens_BT >= 0) & (each_1T < (limit_B - state.made_B)[:, None])
@@ -131,9 +132,8 @@ def _check(
     right_Bk = known_BT[:, 1:] & (drawn.tokens_BC[:, :-1] == tokens_BT[:, 1:])
     # A token comes out if all guesses before it were right, and none of them an end.
     goes_on_Bk = right_Bk & ~steps.is_end(drawn.tokens_BC[:, :-1], eos)
-    out_BT = active_B1 & jnp.concatenate(
-        [active_B1, jnp.cumprod(goes_on_Bk.astype(jnp.int32), axis=1) > 0], axis=1
-    )
+    all_right_Bk = jnp.cumprod(goes_on_Bk.astype(jnp.int32), axis=1) > 0
+    out_BT = active_B1 & _join(active_B1, all_right_Bk, model.rules)
     made = drawn._replace(tokens_BC=jnp.where(out_BT, drawn.tokens_BC, -1))
     kept = at._replace(segments_BT=out_BT.astype(jnp.int32))
     cache = model.write(cache, new, kept, hidden_BTD)
@@ -149,6 +149,16 @@ def _check(
     return after, made, jnp.stack(tally).astype(jnp.int32)
 
 
+def _join(first_B1: jax.Array, rest_Bk: jax.Array, rules: Rules) -> jax.Array:
+    """Concatenates along the length; rows stay sharded over `batch`.
+
+    The parts are resharded, because JAX 0.12 forgets the sharding of a slice that has one element:
+    of one row and one guess.
+    """
+    rows = rules("batch", None)
+    return jnp.concatenate([jax.sharding.reshard(x, rows) for x in (first_B1, rest_Bk)], axis=1)
+
+
 def _drawn(
     model: Transformer,
     hidden_BTD: jax.Array,
@@ -159,16 +169,16 @@ def _drawn(
     """What is drawn after each of `tokens`, all [B, T, ...]: the next in a text that has them."""
     rules = model.rules
     logits_BTV = jax.sharding.reshard(model.logits(hidden_BTD), rules("batch", None, None))
+    each_1T = jnp.arange(tokens_BT.shape[1])[None]
 
     def draw(counts, x):
-        i, logits_BV, next_B = x
+        i, logits_BV = x
+        next_B = jnp.where(each_1T == i + 1, tokens_BT, 0).sum(axis=1)  # after the last: unused
         there = dataclasses.replace(state, made_B=state.made_B + i, counts=counts)
         drawn = steps.drawn_of(logits_BV, there, rules=rules, **static)
         return steps.counted(counts, next_B, ~state.done_B), drawn
 
-    T = tokens_BT.shape[1]
-    next_TB = jnp.roll(tokens_BT, -1, axis=1).T
-    each = jnp.arange(T), jnp.moveaxis(logits_BTV, 1, 0), next_TB
+    each = each_1T[0], jnp.moveaxis(logits_BTV, 1, 0)
     _, drawn = jax.lax.scan(draw, state.counts, each)
     return jax.tree.map(lambda x_TB: jnp.moveaxis(x_TB, 0, 1), drawn)
 

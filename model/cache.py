@@ -14,9 +14,8 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.compute_on import compute_on
 
-from core import tree
+from core import offload, tree
 from core.sharding import Rules, device_kind
 from model.attention import quantised
 from model.attention.decode import New, Pages, Shard, Stored
@@ -69,8 +68,7 @@ class Slot:
                 new_LBKTH = jnp.moveaxis(new_LBTKH, 2, 3)
                 layer, row, head, _ = jnp.ogrid[:L, :B, :K, :1]
                 new = new_LBKTH, (layer, row, head, index_BT[None, :, None])
-                on_host = compute_on("device_host")(jax.jit(_set))
-                return on_host(x_LBKSH, *jax.device_put(new, Space.Host))
+                return offload.run_on_host(_set)(x_LBKSH, *jax.device_put(new, Space.Host))
             layer, row, _, head = jnp.ogrid[:L, :B, :1, :K]
             return _set(x_LBKSH, new_LBTKH, (layer, row, head, index_BT[None, :, :, None]))
 

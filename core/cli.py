@@ -39,8 +39,9 @@ USAGE = "--config=FILE[:ARG] [--config.section.field=value ...]"
 
 def start_backend(experiment: Experiment) -> None:
     """The devices that the experiment asks for, with those of the other processes."""
-    backend.prepare(experiment.mesh.simulate if experiment.mesh else 0)
-    backend.join()
+    simulate = experiment.mesh.simulate if experiment.mesh else 0
+    backend.prepare(simulate)
+    backend.join(simulate)
 
 
 def run(

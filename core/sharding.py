@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from core import torus
+from core import backend, torus
 from core.config import Section, UserError, setting
 
 AXES = ("data", "seq", "model")
@@ -80,15 +81,31 @@ def axis_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices`, by default all; several slices split `data` (hybrid ICI/DCN)."""
-    devices = jax.devices() if devices is None else devices
+    """Returns the mesh over `devices`, by default all of them."""
+    devices = backend.devices() if devices is None else devices
     sizes = axis_sizes(config, len(devices))
-    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform == "tpu":
+        grid = _tpu_grid(sizes, devices)
+    else:
+        # GPUs have `coords` too: slice, host and number in it. A switch or the host's own links
+        # join the GPUs of a host, in no order; so `model`, then `seq`, stay within a host if they
+        # fit. The network between hosts carries what crosses them, which is slower but works.
+        hosts = sorted(devices, key=lambda d: (_slice_index(d), d.process_index, d.id))
+        grid = np.array(hosts, dtype=object).reshape(sizes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def _tpu_grid(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """TPUs in the order of their torus; several slices split `data` (hybrid ICI/DCN)."""
+    num_slices = len(set(map(_slice_index, devices)))
     # An axis of 64 over a 4x4x8 slice takes a part of one physical axis: let it.
     if num_slices == 1:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     elif sizes[0] % num_slices:
-        raise UserError(f"mesh.data={sizes[0]} is not a multiple of the {num_slices} slices")
+        raise UserError(
+            f"mesh.data={sizes[0]} is not a multiple of the {num_slices} slices, and no other "
+            f"axis crosses them: set mesh.data to -1 or to a multiple of {num_slices}"
+        )
     else:
         grid = mesh_utils.create_hybrid_device_mesh(
             (sizes[0] // num_slices, *sizes[1:]),
@@ -96,11 +113,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             devices,
             allow_split_physical_axes=True,
         )
-    # Neighbours on `seq` are neighbours on the torus of a TPU, for what goes round it.
-    if all(hasattr(device, "coords") for device in grid.flat):
-        places = [(*device.coords, device.core_on_chip) for device in grid[0, :, 0]]
-        grid = grid[:, torus.ring(places)]
-    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    # Neighbours on `seq` are neighbours on the torus, for what goes round it.
+    places = [(*device.coords, device.core_on_chip) for device in grid[0, :, 0]]
+    return grid[:, torus.ring(places)]
+
+
+def _slice_index(device: jax.Device) -> int:
+    """The slice of a device; on platforms without slices all are in the first."""
+    return getattr(device, "slice_index", 0)
 
 
 MeshAxes = str | tuple[str, ...] | None

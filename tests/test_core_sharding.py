@@ -1,6 +1,7 @@
 """Meshes and rules: sizes that divide, axes used once, several slices, simulated devices."""
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from conftest import make_mesh
 from jax.sharding import AxisType, PartitionSpec
 
-from core import sharding
+from core import hardware, sharding
 from core.config import UserError
 from core.sharding import MeshConfig, Rules, axis_sizes
 
@@ -85,19 +86,74 @@ def test_make_mesh_is_explicit_and_in_order():
 
 
 class FakeDevice(SimpleNamespace):
-    """What JAX asks of a device when it lays out a mesh."""
+    """What JAX and we ask of a device when a mesh is laid out; it has no other attribute."""
 
     __hash__ = object.__hash__
 
 
 @pytest.fixture
 def two_slices(monkeypatch):
-    """16 devices in 2 slices, handed out in an order that mixes them."""
+    """16 TPUs in 2 slices, handed out in an order that mixes them."""
     devices = [
-        FakeDevice(id=i, slice_index=i % 2, process_index=i % 2, platform="cpu", device_kind="cpu")
+        FakeDevice(
+            id=i, slice_index=i % 2, process_index=i % 2, platform="tpu", device_kind="TPU v5 lite",
+            coords=(i // 2 % 4, i // 8, 0), core_on_chip=0,
+        )
         for i in range(16)
-    ]
+    ]  # fmt: skip
     monkeypatch.setattr(jax, "devices", lambda: devices)
+
+
+def cuda_devices(hosts, per_host, sliced):
+    """GPUs as the CUDA plugin shows them: `coords`, but no `core_on_chip`; the last one first.
+
+    A host is a slice of its own if `sliced`; None: they know of no slices.
+    """
+    devices = []
+    for host, number in itertools.product(range(hosts), range(per_host)):
+        index = host if sliced else 0
+        slices = {} if sliced is None else dict(slice_index=index)
+        at = dict(id=len(devices), process_index=host, coords=[index, host, number], **slices)
+        devices.append(FakeDevice(**at, platform="gpu", device_kind="NVIDIA H100 80GB HBM3"))
+    return devices[::-1]
+
+
+@pytest.mark.parametrize("sliced", [True, False, None], ids=["slices", "one slice", "no slice"])
+@pytest.mark.parametrize(
+    ("hosts", "per_host", "fields", "sizes"),
+    [
+        (1, 1, {}, (1, 1, 1)),
+        (1, 8, dict(seq=4, model=2), (1, 4, 2)),
+        (2, 8, dict(seq=4, model=2), (2, 4, 2)),
+        (2, 8, dict(data=1, seq=-1, model=8), (1, 2, 8)),  # a ring over both hosts
+        (3, 2, dict(data=1, seq=3, model=-1), (1, 3, 2)),
+    ],
+)
+def test_gpus_lie_host_by_host(hosts, per_host, fields, sizes, sliced):
+    devices = cuda_devices(hosts, per_host, sliced)
+    mesh = sharding.make_mesh(MeshConfig(**fields), devices)
+    assert mesh.devices.shape == sizes and mesh.axis_types == (AxisType.Explicit,) * 3
+    assert [device.id for device in mesh.devices.flat] == list(range(len(devices)))
+    one = hardware.one_device(devices)
+    assert (one.hbm_bytes, one.devices) == (80e9, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tflops"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),  # an eighth of one
+        ("NVIDIA GeForce RTX 4090", None),
+        ("AMD Instinct MI300X", None),
+        ("TPU v5e", 197),
+        ("TPU v4 lite", None),
+    ],
+)
+def test_a_chip_is_known_by_its_whole_name(kind, tflops):
+    found = hardware.peak_flops(FakeDevice(platform="gpu", device_kind=kind))
+    assert found == (None if tflops is None else tflops * 1e12)
 
 
 def test_several_slices_split_data_alone(two_slices):
@@ -112,7 +168,7 @@ def test_several_slices_split_data_alone(two_slices):
 
 
 def test_slices_must_divide_data(two_slices):
-    with pytest.raises(UserError, match=r"mesh.data=1 is not a multiple of the 2 slices"):
+    with pytest.raises(UserError, match=r"mesh.data=1 is not a multiple of the 2 slices.*set mesh"):
         sharding.make_mesh(MeshConfig(seq=8, model=2))
 
 

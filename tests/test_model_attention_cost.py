@@ -40,7 +40,7 @@ def test_a_torus_sends_both_ways_in_half_the_time():
     """8 tokens a device: sends are all, but for products of the first hops and the way home."""
     one_way, both = (cost.seconds(work(tokens=8, ways=ways), V5P)["ring"] for ways in (1, 2))
     assert both == pytest.approx(one_way / 2, rel=0.01)
-    switch = hardware.CHIPS["NVIDIA H100"]
+    switch = hardware.CHIPS["NVIDIA H100 80GB HBM3"]
     assert cost.seconds(work(ways=2), switch) == cost.seconds(work(), switch)
 
 

@@ -156,6 +156,7 @@ def test_a_list_too_long_is_refused(monkeypatch):
     [
         ("NVIDIA A100-SXM4-80GB", "gpu"),
         ("NVIDIA H100 80GB HBM3", "gpu"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "gpu"),
         ("Tesla V100-SXM2-16GB", "chunked"),
         ("AMD Instinct MI300X", "chunked"),
         ("TPU v5 lite", "splash"),

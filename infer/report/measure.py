@@ -129,31 +129,30 @@ def _one_more(engine: Engine, state: State, made: int) -> State:
 
 
 class Peak:
-    """Most bytes in use from now on, on one device; of this process where the host is the device.
+    """Tracks peak memory from here on: of one accelerator, or of this process on a CPU.
 
     A device tells its highest mark since it started, so a row that needs no more than one before
-    it has none of its own. Linux lets a process reset the mark of its resident memory.
+    it has none of its own; with some allocators it tells nothing, so no row has. Linux lets a
+    process reset the mark of its resident memory.
     """
 
     def __init__(self, held: int):
         """`held`: bytes that are in use already, and are part of the row."""
         self._held = held
-        self._stats = bool(jax.local_devices()[0].memory_stats())
-        if self._stats:
-            self._before = self._device_mark()
-        else:
-            self._before = self._reset()
+        self._device = jax.local_devices()[0]
+        self._before = self._reset() if self._device.platform == "cpu" else self._device_mark()
 
     def bytes(self) -> int | None:
-        """The mark."""
-        if self._stats:
+        """Returns the mark, None if it is not known."""
+        if self._device.platform != "cpu":
             mark = self._device_mark()
             return mark if mark > self._before else None
         grown = _host_mark() - self._before
         return self._held + grown // jax.local_device_count() if grown > 0 else None
 
     def _device_mark(self) -> int:
-        return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
+        """The device's own mark, 0 if its allocator keeps none."""
+        return (self._device.memory_stats() or {}).get("peak_bytes_in_use", 0)
 
     def _reset(self) -> int:
         """The mark from which this process grows."""

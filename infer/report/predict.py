@@ -157,8 +157,8 @@ def capacity(memory_gib: float, held: int) -> int | None:
     if memory_gib:
         return int(memory_gib * hardware.GIB)
     device = jax.local_devices()[0]
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
+    stats = device.memory_stats() or {}
+    if stats.get("bytes_limit"):
         return stats["bytes_limit"] - stats["bytes_in_use"] + held
     if device.platform != "cpu":
         chip = hardware.one_device(jax.devices())

@@ -4,7 +4,6 @@ import functools
 import logging
 from types import ModuleType
 
-from core import hardware
 from core.config import UserError
 from core.sharding import device_kind
 from model.attention import chunked, gpu, reference, splash
@@ -18,6 +17,7 @@ KERNELS: dict[str, ModuleType] = {
     "gpu": gpu,
 }
 MADE_FOR = {"splash": ("TPU",), "gpu": ("NVIDIA", "Tesla")}  # how names of devices begin
+CAPABILITY_8_OR_9 = ("NVIDIA A100", "NVIDIA H100", "NVIDIA H200")  # 8.0 or 9.0
 
 
 def kernel_of(name: str, tokens: int) -> ModuleType:
@@ -42,8 +42,7 @@ def _best(kind: str, tokens: int) -> tuple[str, str]:
         few = f": {tokens} tokens a device do not fill the {splash.LANES} lanes of splash"
         return ("splash", "") if tokens >= splash.LANES else ("chunked", few)
     if kind.startswith(MADE_FOR["gpu"]):
-        # The chips that we know have compute capability 8.0 or 9.0.
-        if hardware.chip(kind):
+        if kind.startswith(CAPABILITY_8_OR_9):
             return "gpu", ", for which it was compiled (docs/gpu.md), though never run on one"
         return "chunked", ": gpu was compiled for compute capability 8.0 and 9.0, which it may lack"
     return "chunked", ""

@@ -27,10 +27,8 @@ GPU_FILES = {"cuda": ("/dev/nvidia[0-9]*", "/dev/dxg"), "rocm": ("/dev/kfd",)}
 def prepare(simulate: int = 0) -> None:
     """Sets the platform: `simulate` CPU devices, or what this machine has.
 
-    Call it once, before the first array. JAX_PLATFORMS names what is used in place of all that
-    this machine has; `simulate` goes before it, and says so.
+    Call it once, before the first array. JAX_PLATFORMS chooses among what this machine has.
     """
-    asked = os.environ.get("JAX_PLATFORMS")
     if simulate:
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"
         jax.config.update("jax_platforms", "cpu")
@@ -38,9 +36,7 @@ def prepare(simulate: int = 0) -> None:
         # A program read back from JAX's compile cache has lost the order of its collectives
         # (jaxlib 0.10.2): one device waits in an all-gather, the others in an all-reduce.
         jax.config.update("jax_enable_compilation_cache", False)
-        if asked not in (None, "", "cpu"):
-            log.info(f"mesh.simulate={simulate}: CPU devices, not those of JAX_PLATFORMS={asked}")
-    elif asked is None and not has_tpu() and importlib.util.find_spec("libtpu"):
+    elif "JAX_PLATFORMS" not in os.environ and not has_tpu() and importlib.util.find_spec("libtpu"):
         # libtpu beside a CPU or GPU (extra `aot`) would be asked for a TPU at every start.
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"
         jax.config.update("jax_platforms", ",".join([*gpus(), "cpu"]))
@@ -48,9 +44,6 @@ def prepare(simulate: int = 0) -> None:
 
 def devices() -> list[jax.Device]:
     """Returns all devices, and starts JAX's backend for that. UserError if it cannot start."""
-    number = os.environ.get("JAX_NUM_CPU_DEVICES", "1")
-    if not number.isdecimal() or int(number) < 1:
-        raise UserError(f"JAX_NUM_CPU_DEVICES={number} is not a number of devices: 1 or more")
     asked = os.environ.get("JAX_PLATFORMS")
     what = f"JAX_PLATFORMS={asked}" if asked else "the devices of this machine"
     remedy = "unset it to use what this machine has" if asked else "see that no one else has them"
@@ -60,10 +53,11 @@ def devices() -> list[jax.Device]:
         raise UserError(f"{what}: this machine has no TPU; {remedy}")
     try:
         return jax.devices()
-    except AssertionError:  # all that JAX says of "cuda" where no driver is
-        raise UserError(f"{what}: JAX finds no such device; {remedy}") from None
-    except RuntimeError as error:
-        reason = str(error).partition(" (set JAX_PLATFORMS=")[0]
+    except (AssertionError, RuntimeError) as error:
+        # An AssertionError without a message is all that JAX says of "cuda" without a driver.
+        reason = str(error).partition(" (set JAX_PLATFORMS=")[0].rstrip(".")
+        if not reason or any(f"'{each}' is not in the list" in reason for each in GPU_FILES):
+            reason = "no such GPU is here, or JAX has no plugin for it (pip install -e .[gpu])"
         raise UserError(f"{what}: {reason}; {remedy}") from None
 
 

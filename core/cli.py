@@ -32,6 +32,8 @@ from core.config import (
     unknown_field,
 )
 
+log = logging.getLogger("cakrawala")
+
 S = TypeVar("S", bound=Section)
 
 USAGE = "--config=FILE[:ARG] [--config.section.field=value ...]"
@@ -40,6 +42,9 @@ USAGE = "--config=FILE[:ARG] [--config.section.field=value ...]"
 def start_backend(experiment: Experiment) -> None:
     """The devices that the experiment asks for, with those of the other processes."""
     simulate = experiment.mesh.simulate if experiment.mesh else 0
+    asked = os.environ.get("JAX_PLATFORMS", "cpu")
+    if simulate and asked not in ("", "cpu"):
+        log.info(f"mesh.simulate={simulate}: CPU devices, not those of JAX_PLATFORMS={asked}")
     backend.prepare(simulate)
     backend.join(simulate)
 
@@ -91,7 +96,6 @@ def exits() -> Iterator[None]:
     traceback.
     """
     _streams()
-    log = logging.getLogger("cakrawala")
     handler = logging.StreamHandler(sys.stderr)
     log.setLevel(logging.INFO)
     log.propagate = False  # our own lines as they are; other libraries keep theirs

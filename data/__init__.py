@@ -3,6 +3,7 @@
 python -m data.prepare --config=configs/quickstart.py
 """
 
-from core import interrupt
+from core import environment, interrupt
 
 interrupt.watch()
+environment.check()

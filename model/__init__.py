@@ -1,5 +1,6 @@
 """The transformer: attention, blocks, caches."""
 
-from core import interrupt
+from core import environment, interrupt
 
 interrupt.watch()
+environment.check()

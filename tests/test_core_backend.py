@@ -3,15 +3,21 @@
 import logging
 import os
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import pytest
 from train_cases import command, experiment
 
-from core import backend
+from core import backend, cli
 from core.config import UserError
+from core.sharding import MeshConfig
+
+ROOT = Path(__file__).parent.parent
 
 CPU = "JAX_PLATFORMS=cpu"
 
@@ -48,7 +54,7 @@ def refused(call, *parts):
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (AssertionError(), "JAX finds no such device; unset it"),
+        (AssertionError(), "no such GPU is here, or JAX has no plugin"),
         (
             RuntimeError("Backend 'rcom' is not known (set JAX_PLATFORMS='' ...)"),
             "is not known; un",
@@ -78,9 +84,16 @@ def test_no_tpu(environment, monkeypatch):
 
 
 @pytest.mark.parametrize("number", ["0", "-3", "eight", ""])
-def test_a_number_of_devices_that_is_none(number, environment):
-    environment(JAX_NUM_CPU_DEVICES=number)
-    refused(backend.devices, f"JAX_NUM_CPU_DEVICES={number} is not a number of devices: 1 or more")
+def test_a_number_of_devices_that_is_none(number):
+    """JAX would end with a stack while it is imported, or go on with one device."""
+    code = "import train.pretrain"
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": number}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: JAX_NUM_CPU_DEVICES={number}: it is a number of dev")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -110,7 +123,7 @@ def test_gpus_beside_libtpu(
 def test_simulated_devices_go_before_those_asked_for(environment, updates, caplog):
     environment(JAX_PLATFORMS="cuda")
     with caplog.at_level(logging.INFO, "cakrawala"):
-        backend.prepare(4)
+        cli.start_backend(SimpleNamespace(mesh=MeshConfig(simulate=4)))
     assert updates["jax_platforms"] == "cpu" and updates["jax_num_cpu_devices"] == 4
     assert "mesh.simulate=4: CPU devices, not those of JAX_PLATFORMS=cuda" in caplog.text
 

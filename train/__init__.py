@@ -1,5 +1,6 @@
 """Pre-training: loss, optimizer, step, loop."""
 
-from core import interrupt
+from core import environment, interrupt
 
 interrupt.watch()
+environment.check()

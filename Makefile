@@ -1,6 +1,7 @@
 # make setup        .venv with the Python at hand (3.11 or newer) and everything installed
 # make quickstart   the whole life of a small model on this machine, offline
-# make test         the whole suite on 8 simulated devices     make test-slow   the long proofs
+# make test         the suite on 8 simulated devices           make test-slow   the long proofs
+# make test-all     both, and all cases of products that they sample: about an hour
 # make lint         ruff                                       make bench       speed against peers
 # make lab          tiny models that retrieve by key, measured to 16x: docs/long-context-lab.md
 # make aot-ladder   what an 8B model would need on TPU slices that are not there: docs/aot.md
@@ -11,7 +12,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 CONFIG = --config=configs/quickstart.py
 
-.PHONY: setup quickstart test test-slow smoke lint bench lab aot-ladder clean
+.PHONY: setup quickstart test test-slow test-all lint bench lab aot-ladder clean
 
 setup: $(STAMP)
 
@@ -32,10 +33,10 @@ test: setup
 	$(BIN)/python -m pytest --durations=10
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow --durations=10
+	$(BIN)/python -m pytest -m 'slow and not exhaustive' --durations=10
 
-smoke: setup
-	$(BIN)/python -m pytest -m smoke
+test-all: setup
+	$(BIN)/python -m pytest -m '' --durations=10
 
 lint: setup
 	$(BIN)/ruff check .

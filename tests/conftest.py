@@ -50,6 +50,19 @@ def make_mesh(sizes):
     return jax.make_mesh(sizes, sharding.AXES, axis_types=explicit, devices=devices)
 
 
+def sampled(cases, step):
+    """Every `step`-th case for the slow tests; the others are for `make test-all` alone.
+
+    Where `step` has no factor in common with the lengths of the axes of a product, every value of
+    every axis is among those of the slow tests.
+    """
+    slow, rest = pytest.mark.slow, pytest.mark.exhaustive
+    return [
+        pytest.param(*case, marks=rest if i % step else slow, id="-".join(map(str, case)))
+        for i, case in enumerate(cases)
+    ]
+
+
 def small_tiles(monkeypatch, size):
     """Blocks of `size` for kernels in Pallas, so that short rows have several."""
     for name in ("LANES", "MIN_BLOCK", "QUERIES", "BACKWARD_QUERIES", "KEYS"):

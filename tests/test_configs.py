@@ -30,7 +30,6 @@ LIVES = [
 ]
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("file", LIVES, ids=lambda f: f.stem)
 def test_tiny_runs_the_whole_life(file, tmp_path, capsys):
     config = cli.load(f"{file}:tiny")

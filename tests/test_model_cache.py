@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import Case
-from conftest import make_mesh
+from conftest import make_mesh, sampled
 from tolerances import assert_close
 
 from core import sharding
@@ -225,8 +225,7 @@ def test_attention_to_a_sharded_cache_equals_the_oracle(how):
     assert_exact(how)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", EVERY, ids=str)
+@pytest.mark.parametrize("how", sampled([(how,) for how in EVERY], 7))
 def test_every_kind_strategy_and_number_of_shards(how):
     assert_exact(how)
 

@@ -217,8 +217,9 @@ def test_the_command(bundles, monkeypatch, capsys):
     monkeypatch.setattr(decode, "make_mesh", lambda _: make_mesh((1, 1, 1)))
     plain = run(bundles, max_tokens=10)[0]
     capsys.readouterr()
-    for fields in (dict(ngram=2), dict(draft=str(bundles[1]))):
-        row = run(bundles, max_tokens=10, speculate=3, stop=("never",), **fields)[0]
+    # One row and one guess: a slice of it is a single element, whose sharding JAX 0.12 forgets.
+    for fields in (dict(ngram=2, speculate=3), dict(draft=str(bundles[1]), speculate=1)):
+        row = run(bundles, max_tokens=10, stop=("never",), **fields)[0]
         assert (row["tokens"], row["text"]) == (plain["tokens"], plain["text"])
         out, err = capsys.readouterr()
         assert out == row["text"] + "\n"

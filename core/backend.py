@@ -99,7 +99,7 @@ def has_tpu() -> bool:
 def gpus() -> list[str]:
     """Returns JAX's names of the GPUs that this machine has and JAX has a plugin for.
 
-    Says so where the plugin is missing: JAX would, if it were left to look for itself.
+    Says so where NVIDIA's plugin is missing: JAX would, if it were left to look for itself.
     """
     plugins = [entry.name for entry in importlib.metadata.entry_points(group="jax_plugins")]
     found = []
@@ -107,9 +107,8 @@ def gpus() -> list[str]:
         if any(map(glob.glob, files)):
             if any(name.startswith(f"xla_{platform}") for name in plugins):
                 found.append(platform)
-            else:
-                extra = "pip install -e .[gpu]" if platform == "cuda" else "install JAX for ROCm"
-                log.warning(f"a GPU is here, but JAX has no plugin for {platform}: {extra}")
+            elif platform == "cuda":  # every laptop with an AMD processor has ROCm's file
+                log.warning("a GPU is here, but JAX has no plugin for it: pip install -e .[gpu]")
     return found
 
 

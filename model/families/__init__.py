@@ -20,6 +20,8 @@ from typing import Any
 from core.config import UserError
 from model.config import ModelConfig
 from model.families import falcon, gemma, gemma4, gpt2, llama
+from model.families.attributes import shown
+from model.families.harmless import harmless
 from model.families.tensor import Tensor
 
 # Of two that can say a config the first does: a Mistral without a window is a LLaMA.
@@ -31,6 +33,8 @@ FAMILIES = {
 PRESETS = {**gpt2.PRESETS, **llama.PRESETS, **falcon.PRESETS, **gemma.PRESETS}
 # Wrappers: the text model is one of their parts.
 WRAPPERS = {"gemma3": "gemma3_text", "gemma4": "gemma4_text"}
+# What else a wrapper tells of: images, sound, and weights that are initialised.
+OTHER_PARTS = ("vision_config", "audio_config", "mm_tokens_per_image", "initializer_range")
 OURS = ("attention_kernel", "dtype", "param_dtype")  # fields that no config.json speaks of
 
 # Mask buffers and frequencies that older files hold, and what is not of the text model.
@@ -41,20 +45,54 @@ DROPPED = re.compile(
 
 
 def read(found: Mapping[str, Any]) -> ModelConfig:
-    """The model of a config.json; UserError names what is not supported."""
+    """The model of a config.json; UserError names what is not supported, as it is spelled there."""
     model_type = found.get("model_type")
-    if model_type in WRAPPERS:
-        inner = {**found.get("text_config", {}), "model_type": WRAPPERS[model_type]}
-        return read(inner)
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in (*FAMILIES, *WRAPPERS, *falcon.OLD):
         raise UserError(
-            f"config.json: model_type={model_type!r} is not supported; "
-            f"these are: {', '.join((*FAMILIES, *WRAPPERS))}"
+            f"config.json: model_type={shown(model_type)} is not supported; "
+            f"these are: {', '.join((*FAMILIES, *WRAPPERS, *falcon.OLD))}"
         )
+    if model_type in WRAPPERS:
+        return read(_text_model(model_type, found))
+    if model_type in falcon.OLD:
+        return read(falcon.renamed(dict(found)))
     try:
         return FAMILIES[model_type].read(model_type, dict(found))
+    except UserError as error:
+        if str(error).startswith("config.json"):
+            raise
+        raise UserError(f"config.json of model_type={model_type!r} is damaged: {error}") from None
     except (TypeError, AttributeError) as error:  # a value of another type than it should be
         raise UserError(f"config.json of model_type={model_type!r} is damaged: {error}") from None
+
+
+def _text_model(model_type: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the text model in a wrapper's; UserError for what may change that."""
+    inner, wanted = found.get("text_config", {}), WRAPPERS[model_type]
+    if not isinstance(inner, dict) or inner.get("model_type", wanted) != wanted:
+        raise UserError(
+            f"config.json: text_config={shown(inner)} of model_type={model_type!r} must be an "
+            f"object, of model_type={wanted!r}"
+        )
+    for name, value in found.items():
+        tied = name == "tie_word_embeddings" and value == inner.get(name, True)
+        known = name in ("text_config", *OTHER_PARTS) or tied or harmless(name, value, found)
+        if not known:
+            raise UserError(
+                f"config.json: {name}={shown(value)} beside text_config in model_type="
+                f"{model_type!r} is not understood here, so what it changes is not known"
+            )
+    return {**inner, "model_type": wanted}
+
+
+def declared_dtype(found: Mapping[str, Any]) -> str | None:
+    """The dtype that a config.json wants the model to be in, in the spelling of any version."""
+    inner = found.get("text_config")
+    for part in (found, inner if isinstance(inner, dict) else {}):
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(part.get(name), str):
+                return part[name].removeprefix("torch.")
+    return None
 
 
 def write(config: ModelConfig) -> dict[str, Any]:

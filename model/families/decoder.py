@@ -3,8 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from core.config import UserError
-from model.attention.spec import AttentionSpec
+from model.attention.spec import AttentionSpec, sliding
 from model.config import ModelConfig
 from model.families import tensor
 from model.families.attributes import Attributes
@@ -25,15 +24,38 @@ SIZES = {  # attribute: field
 # Of a layer: name -> (leaves of the block, layout).
 Entries = dict[str, tuple[tuple[str, ...], Layout]]
 LAYER_TYPES = {"full_attention": "full", "sliding_attention": "sliding"}
+OLD_TYPES = {"attention": "full_attention"}
 
 
-def read_sizes(attributes: Attributes) -> dict[str, Any]:
+def read_sizes(a: Attributes) -> dict[str, Any]:
     """The fields of SIZES; heads as wide as they fit and as many for keys, where not said."""
-    fields = {field: attributes[name] for name, field in SIZES.items()}
+    fields = {field: a[name] for name, field in SIZES.items()}
     fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
-    fields["head_dim"] = fields["head_dim"] or fields["embed_dim"] // fields["num_heads"]
-    fields["context"] = attributes["max_position_embeddings"]
+    check_kv_heads(a, fields["num_kv_heads"], "num_key_value_heads")
+    fields["head_dim"] = fields["head_dim"] or a.head_dim("hidden_size", "num_attention_heads")
+    check_head_dim(a, fields["head_dim"], "head_dim" if a["head_dim"] else "hidden_size")
+    fields["context"] = a["max_position_embeddings"]
     return fields
+
+
+def check_kv_heads(a: Attributes, kv_heads: int, name: str) -> None:
+    """UserError unless as many query heads read each of the `kv_heads` that attribute `name` says.
+
+    The message has our names too, as overrides of `model` have them.
+    """
+    heads = a["num_attention_heads"]
+    if heads % kv_heads:
+        raise a.refused(
+            "num_attention_heads",
+            f"is not a multiple of {name}={kv_heads} "
+            f"(in model: num_heads={heads}, num_kv_heads={kv_heads})",
+        )
+
+
+def check_head_dim(a: Attributes, head_dim: int, name: str) -> None:
+    """UserError if heads, whose width attribute `name` says, have an odd one."""
+    if head_dim % 2:
+        raise a.refused(name, f"makes heads of width {head_dim}, which is odd: only even ones fit")
 
 
 def write_sizes(config: ModelConfig) -> dict[str, Any]:
@@ -42,21 +64,46 @@ def write_sizes(config: ModelConfig) -> dict[str, Any]:
     return {**sizes, "max_position_embeddings": config.context}
 
 
-def pattern(
-    layer_types: list[str], specs: Mapping[str, AttentionSpec]
-) -> tuple[AttentionSpec, ...]:
-    """The shortest pattern that repeats to these layers; UserError names a type not in `specs`."""
-    for kind in layer_types:
-        if kind not in specs:
-            raise UserError(
-                f"config.json: layer_types has {kind!r}; supported are {', '.join(specs)}"
-            )
-    layers = tuple(specs[kind] for kind in layer_types)
+def read_layer_types(a: Attributes, usual: list[str]) -> list[str]:
+    """The type of each layer, `usual` where config.json does not say.
+
+    UserError unless there is one for each layer, of a known type.
+    """
+    if a["layer_types"] is None:
+        return usual
+    types = [OLD_TYPES.get(kind, kind) for kind in a["layer_types"]]
+    if len(types) != len(usual):
+        raise a.refused(
+            "layer_types", f"has {len(types)} layers, but num_hidden_layers={len(usual)}"
+        )
+    unknown = [kind for kind in types if kind not in LAYER_TYPES]
+    if unknown:
+        raise a.refused(
+            "layer_types", f"has {unknown[0]!r}; supported are {', '.join(LAYER_TYPES)}"
+        )
+    return types
+
+
+def read_pattern(types: list[str], specs: Mapping[str, AttentionSpec]) -> tuple[AttentionSpec, ...]:
+    """The shortest pattern that repeats to layers of these types."""
+    layers = tuple(specs[kind] for kind in types)
     return next(
         layers[:n]
         for n in range(1, len(layers) + 1)
         if all(layer == layers[i % n] for i, layer in enumerate(layers))
     )
+
+
+def windowed(a: Attributes, types: list[str], **spec: Any) -> dict[str, AttentionSpec]:
+    """{"sliding_attention": its slot} if a layer is of that type, else {}.
+
+    UserError where no attribute says how wide its window is.
+    """
+    if "sliding_attention" not in types:
+        return {}
+    if a["sliding_window"] is None:
+        raise a.refused("sliding_window", "with layers of sliding_attention: how wide is it?")
+    return {"sliding_attention": sliding(a["sliding_window"], **spec)}
 
 
 def layer_types(config: ModelConfig) -> list[str]:

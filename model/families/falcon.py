@@ -18,7 +18,9 @@ DEFAULTS = {
         "num_hidden_layers": 32,
         "num_attention_heads": 71,
         "num_kv_heads": None,
+        "n_embed": None,  # an older name of hidden_size
         "ffn_hidden_size": None,
+        "ff_factor": None,  # Falcon 2 tells its MLP twice
         "max_position_embeddings": 2048,
         "layer_norm_epsilon": 1e-5,
         "initializer_range": 0.02,
@@ -35,6 +37,17 @@ DEFAULTS = {
     }
 }
 ARCHITECTURES = {"falcon": "FalconForCausalLM"}
+# Before transformers had a class, the files came with one of their own under another model_type.
+# What that class has for an attribute left out; its heads of keys go with the new architecture.
+OLD = {
+    "RefinedWeb": {"new_decoder_architecture": True},
+    "RefinedWebModel": {"multi_query": False, "parallel_attn": False},
+}
+OLD_NAMES = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_head_kv": "num_kv_heads",
+}
 SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "embed_dim",
@@ -51,29 +64,45 @@ NORMS = {  # of a block
 }
 
 
+def renamed(found: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of a file of RefinedWeb as it is spelled today."""
+    today = {OLD_NAMES.get(name, name): value for name, value in found.items()}
+    return {**OLD[found["model_type"]], **today, "model_type": "falcon"}
+
+
 def read(model_type: str, found: dict[str, Any]) -> ModelConfig:
     """The model of a config.json."""
+    if found.get("n_embed") is not None:
+        found = {"hidden_size": found["n_embed"], **found}
     a = Attributes(found, DEFAULTS[model_type])
     a.must_be(apply_residual_connection_post_layernorm=False)
+    a.same("n_embed", "hidden_size")
     fields = {field: a[name] for name, field in SIZES.items()}
     D, N = fields["embed_dim"], fields["num_heads"]
-    grouped, H = a["new_decoder_architecture"], D // N
+    grouped, H = a["new_decoder_architecture"], a.head_dim("hidden_size", "num_attention_heads")
+    decoder.check_head_dim(a, H, "hidden_size")
     K = (a["num_kv_heads"] or N) if grouped or not a["multi_query"] else 1
+    decoder.check_kv_heads(a, K, "num_kv_heads")
+    if not grouped and K not in (1, N):
+        raise a.refused("num_kv_heads", "without new_decoder_architecture: each head has its own")
     block = "parallel" if grouped or a["parallel_attn"] else "sequential"
     if grouped and a["num_ln_in_parallel_attn"] in (2, None):
         block = "parallel_norms"
+    mlp_dim = a["ffn_hidden_size"] or 4 * D
+    if a["ff_factor"] and a["ff_factor"] * D != mlp_dim:
+        raise a.refused("ff_factor", f"does not make {mlp_dim} of hidden_size={D}")
     context = a["max_position_embeddings"]
     if a["alibi"]:  # added to the scores before these are scaled
         spec = full(rope=None, alibi=H**-0.5)
     else:
-        spec = full(rope=rope_json.read(a, context))
+        spec = full(rope=rope_json.read(a, H))
         context = rope_json.context(spec.rope, context)
     return ModelConfig(
         **fields,
         context=context,
         num_kv_heads=K,
         head_dim=H,
-        mlp_dim=a["ffn_hidden_size"] or 4 * D,
+        mlp_dim=mlp_dim,
         pattern=(spec,),
         block=block,
         mlp="plain",

@@ -22,6 +22,7 @@ SIZES = {
     "initializer_range": 0.02,
     "tie_word_embeddings": True,
     "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_act": None,  # but of Gemma 1, hidden_activation says it
     "attention_bias": False,
     "use_bidirectional_attention": None,
     **rope_json.DEFAULTS,
@@ -32,8 +33,7 @@ LAYERS = dict(
     query_pre_attn_scalar=256,
     final_logit_softcapping=30.0,
     attn_logit_softcapping=50.0,
-    hidden_act=None,  # hidden_activation says it, and sliding_window the next
-    sliding_window_size=None,
+    sliding_window_size=None,  # sliding_window says it
 )
 GEMMA1 = dict(hidden_size=3072, intermediate_size=24_576, num_hidden_layers=28)
 GEMMA3 = dict(vocab_size=262_208, max_position_embeddings=131_072)
@@ -54,7 +54,8 @@ DEFAULTS = {  # of each model_type, as transformers publishes them
         "final_logit_softcapping": None,
         "attn_logit_softcapping": None,
         "sliding_window_pattern": 6,
-        "rope_local_base_freq": 10_000.0,
+        "_sliding_window_pattern": None,  # layer_types says it
+        "rope_local_base_freq": None,
     },
 }
 ARCHITECTURES = {
@@ -71,18 +72,20 @@ SANDWICH_NORMS = {
 }
 
 
+# The first files of Gemma 1 say "gelu" and mean the tanh approximation that it was trained with.
+LEGACY = {**ACTIVATIONS, "gelu": "gelu_tanh"}
+
+
 def read(model_type: str, found: dict[str, Any]) -> ModelConfig:
     """The model of a config.json."""
     a = Attributes(found, DEFAULTS[model_type])
     a.must_be(use_bidirectional_attention=False)
     fields = decoder.read_sizes(a)
-    activation = "hidden_activation"
     if model_type == "gemma":
-        fields |= dict(pattern=(full(rope=rope_json.read(a, fields["context"])),))
-        activation = activation if a[activation] else "hidden_act"
+        fields |= dict(pattern=(full(rope=rope_json.read(a, fields["head_dim"])),))
     else:
         fields |= dict(
-            pattern=_pattern(model_type, a, fields["context"]),
+            pattern=_pattern(model_type, a, fields["head_dim"]),
             block="sandwich",
             query_scale=a["query_pre_attn_scalar"] ** -0.5,
             logit_softcap=a["final_logit_softcapping"] or 0.0,
@@ -90,7 +93,7 @@ def read(model_type: str, found: dict[str, Any]) -> ModelConfig:
     fields["context"] = rope_json.context(fields["pattern"][-1].rope, fields["context"])
     return ModelConfig(
         **fields,
-        activation=a.choice(activation, ACTIVATIONS),
+        activation=read_activation(a),
         bias=("qkv", "out") if a["attention_bias"] else (),
         norm="rms_offset",
         qk_norm=model_type == "gemma3_text",
@@ -98,31 +101,55 @@ def read(model_type: str, found: dict[str, Any]) -> ModelConfig:
     )
 
 
-def _pattern(model_type: str, a: Attributes, context: int) -> tuple[AttentionSpec, ...]:
+def read_activation(a: Attributes) -> str:
+    """The activation: of hidden_act in Gemma 1, of hidden_activation in the others.
+
+    UserError where the attribute that does not count says something else.
+    """
+    name, other, choices = "hidden_activation", "hidden_act", ACTIVATIONS
+    if a.model_type == "gemma":
+        name, other, choices = other, name, LEGACY
+    activation = a.choice(name, choices)
+    if a[other] is not None and a.choice(other, LEGACY) != activation:
+        raise a.refused(other, f"and {name}={a[name]!r} are not the same: leave {other} out")
+    return activation
+
+
+def _pattern(model_type: str, a: Attributes, head_dim: int) -> tuple[AttentionSpec, ...]:
     every = a["sliding_window_pattern"] if model_type == "gemma3_text" else 2
-    types = a["layer_types"] or [
+    if model_type == "gemma3_text" and a["layer_types"] is None:
+        a.same("_sliding_window_pattern", "sliding_window_pattern")
+    a.same("sliding_window_size", "sliding_window")
+    usual = [
         "full_attention" if (i + 1) % every == 0 else "sliding_attention"
         for i in range(a["num_hidden_layers"])
     ]
+    types = decoder.read_layer_types(a, usual)
     if model_type == "gemma3_text":
-        near, far = _ropes(a, context)
+        near, far = _ropes(a, head_dim)
     else:
-        near = far = rope_json.read(a, context)
+        near = far = rope_json.read(a, head_dim)
     cap = a["attn_logit_softcapping"] or 0.0
     specs = {
         "full_attention": full(rope=far, softcap=cap),
-        "sliding_attention": sliding(a["sliding_window"], rope=near, softcap=cap),
+        **decoder.windowed(a, types, rope=near, softcap=cap),
     }
-    return decoder.pattern(types, specs)
+    return decoder.read_pattern(types, specs)
 
 
-def _ropes(a: Attributes, context: int) -> tuple[Rope, Rope]:
+def _ropes(a: Attributes, head_dim: int) -> tuple[Rope, Rope]:
     """(of sliding layers, of full ones): newer files have a dict for each."""
-    each = a["rope_parameters"] or {}
-    far = {"rope_theta": a["rope_theta"] or 1e6, **(a["rope_scaling"] or {})}
-    far |= each.get("full_attention") or {}
-    near = {"rope_theta": a["rope_local_base_freq"], **(each.get("sliding_attention") or {})}
-    return rope_json.parse(near, context), rope_json.parse(far, context)
+    near, far, flat = rope_json.each(a)
+    # What older files say beside the dicts, or in place of them.
+    far = {"rope_theta": a["rope_theta"] or 1e6, **far, **rope_json.known(a["rope_scaling"] or {})}
+    near = {"rope_theta": a["rope_local_base_freq"] or 1e4, **near}
+    near, far = (rope_json.parse(a, given, head_dim) for given in (near, far))
+    # transformers reads no flat dict here. It may repeat what the full layers have.
+    if flat and rope_json.parse(a, {"rope_theta": far.base, **flat}, head_dim) != far:
+        raise a.refused(
+            "rope_parameters", "must hold sliding_attention and full_attention, an object for each"
+        )
+    return near, far
 
 
 def write(model_type: str, config: ModelConfig) -> dict[str, Any]:
@@ -135,8 +162,9 @@ def write(model_type: str, config: ModelConfig) -> dict[str, Any]:
     of = {spec.kind: spec for spec in config.pattern}
     near, far = of.get("sliding", config.pattern[0]), of.get("full", config.pattern[0])
     found |= rope_json.write(far.rope)
+    if near.window:
+        found["sliding_window"] = near.window
     found |= dict(
-        sliding_window=near.window,
         layer_types=decoder.layer_types(config),
         query_pre_attn_scalar=_whole((config.query_scale or config.head_dim**-0.5) ** -2),
         final_logit_softcapping=config.logit_softcap or None,

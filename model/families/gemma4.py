@@ -4,14 +4,12 @@ Its full layers have wider heads, fewer of keys, values of the same projection a
 quarter of each head. Sizes with per-layer embeddings, shared caches or experts are refused.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
-from core.config import UserError
-from model.attention.spec import AttentionSpec, full, sliding
+from model.attention.spec import AttentionSpec, full
 from model.config import ModelConfig
 from model.families import decoder, gemma, rope_json
-from model.families.attributes import ACTIVATIONS, Attributes, spelled
+from model.families.attributes import ACTIVATIONS, COUNT, TABLE, Attributes, spelled
 from model.families.tensor import Tensor
 
 DEFAULTS = {
@@ -52,27 +50,37 @@ def read(model_type: str, found: dict[str, Any]) -> ModelConfig:
     """The model of a config.json."""
     a = Attributes(found, DEFAULTS[model_type])
     a.must_be(hidden_size_per_layer_input=0, num_kv_shared_layers=0, enable_moe_block=False)
+    a.must_be(rope_theta=None, rope_scaling=None)  # its class reads rope_parameters alone
     if a["use_bidirectional_attention"] != "vision":  # text is causal beside images too
-        a.must_be(use_bidirectional_attention=None)
+        a.must_be(use_bidirectional_attention=False)
     fields = decoder.read_sizes(a)
-    types = a["layer_types"] or [
+    usual = [
         "full_attention" if (i + 1) % 6 == 0 else "sliding_attention"
         for i in range(fields["num_layers"])
     ]
-    types = [*types[:-1], "full_attention"]
-    ropes = {**ROPES, **(a["rope_parameters"] or {})}
-    near, far = (rope_json.parse(rope, fields["context"]) for rope in ropes.values())
-    kv_heads, head_dim = _wide(a, types, fields)
-    wide = dict(kv_heads=kv_heads, head_dim=head_dim, shared_kv=a["attention_k_eq_v"])
+    types = [*decoder.read_layer_types(a, usual)[:-1], "full_attention"]
+    shape = _wide(a, types)
+    kv_heads, head_dim = shape["num_key_value_heads"], shape["head_dim"]
+    near, far, flat = rope_json.each(a)
+    if flat:
+        raise a.refused(
+            "rope_parameters", "must hold sliding_attention and full_attention, an object for each"
+        )
+    near, far = near or ROPES["sliding_attention"], far or ROPES["full_attention"]
+    wide = dict(
+        kv_heads=0 if kv_heads == fields["num_kv_heads"] else kv_heads,
+        head_dim=0 if head_dim == fields["head_dim"] else head_dim,
+        shared_kv=bool(a["attention_k_eq_v"]),
+    )
     specs = {
-        "full_attention": full(rope=far, **wide),
-        "sliding_attention": sliding(a["sliding_window"], rope=near),
+        "full_attention": full(rope=rope_json.parse(a, far, head_dim), **wide),
+        **decoder.windowed(a, types, rope=rope_json.parse(a, near, fields["head_dim"])),
     }
     return ModelConfig(
         **fields,
-        pattern=decoder.pattern(types, specs),
+        pattern=decoder.read_pattern(types, specs),
         block="sandwich",
-        activation=a.choice("hidden_activation", ACTIVATIONS),
+        activation=gemma.read_activation(a),
         bias=("qkv", "out") if a["attention_bias"] else (),
         qk_norm=True,
         value_norm=True,
@@ -83,23 +91,36 @@ def read(model_type: str, found: dict[str, Any]) -> ModelConfig:
     )
 
 
-def _wide(a: Attributes, types: list[str], fields: Mapping[str, Any]) -> tuple[int, int]:
-    """(kv heads, width of a head) of the full layers; 0 where they are as those of the others."""
-    shape = {"head_dim": a["global_head_dim"]}
-    if a["attention_k_eq_v"] and a["num_global_key_value_heads"]:
-        shape["num_key_value_heads"] = a["num_global_key_value_heads"]
-    if a["per_layer_config"] is not None:
+def _wide(a: Attributes, types: list[str]) -> dict[str, int]:
+    """num_key_value_heads and head_dim of the full layers, from either spelling.
+
+    UserError unless all full layers, and no others, are told to differ, in nothing else.
+    """
+    shape = {name: a[name] for name in ("num_key_value_heads", "head_dim")}
+    shape["num_key_value_heads"] = shape["num_key_value_heads"] or a["num_attention_heads"]
+    if a.given("per_layer_config"):  # null or {}: they are as the others
+        layers = a["per_layer_config"] or {}
         full_layers = {str(i) for i, kind in enumerate(types) if kind == "full_attention"}
-        shapes = list(a["per_layer_config"].values())
-        if set(a["per_layer_config"]) != full_layers or any(x != shapes[0] for x in shapes):
-            raise UserError(
-                f"config.json: per_layer_config={a['per_layer_config']!r} is not supported: "
-                "full layers, and no others, may differ, all alike"
+        shapes = list(layers.values()) or [{}]
+        known = TABLE.holds(shapes[0]) and all(
+            name in shape and COUNT.holds(value) for name, value in shapes[0].items()
+        )
+        alike = all(each == shapes[0] for each in shapes)
+        if not known or not alike or (layers and set(layers) != full_layers):
+            raise a.refused(
+                "per_layer_config",
+                "is not supported: full layers, and no others, may have another head_dim and "
+                "num_key_value_heads, all alike",
             )
-        shape = shapes[0]
-    given = shape.get("num_key_value_heads", 0), shape.get("head_dim", 0)
-    usual = fields["num_kv_heads"], fields["head_dim"]
-    return tuple(0 if x == y else x for x, y in zip(given, usual, strict=True))
+        shape |= shapes[0]
+    else:
+        shape["head_dim"] = a["global_head_dim"]
+        if a["attention_k_eq_v"] and a["num_global_key_value_heads"]:
+            shape["num_key_value_heads"] = a["num_global_key_value_heads"]
+    decoder.check_kv_heads(a, shape["num_key_value_heads"], "num_key_value_heads of full layers")
+    name = "per_layer_config" if a.given("per_layer_config") else "global_head_dim"
+    decoder.check_head_dim(a, shape["head_dim"], name)
+    return shape
 
 
 def write(model_type: str, config: ModelConfig) -> dict[str, Any]:
@@ -112,7 +133,7 @@ def write(model_type: str, config: ModelConfig) -> dict[str, Any]:
     return decoder.write_sizes(config) | dict(
         hidden_activation=spelled(ACTIVATIONS, config.activation),
         attention_bias=bool(config.bias),
-        sliding_window=near.window,
+        **({"sliding_window": near.window} if near.window else {}),
         layer_types=types,
         final_logit_softcapping=config.logit_softcap or None,
         attention_k_eq_v=far.shared_kv,

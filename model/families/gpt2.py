@@ -26,6 +26,11 @@ DEFAULTS = {
         "reorder_and_upcast_attn": False,  # float32 scores, as ours are
         "add_cross_attention": False,
         "tie_word_embeddings": True,
+        # The names that other families have for sizes; the class takes them for its own.
+        "hidden_size": None,
+        "max_position_embeddings": None,
+        "num_attention_heads": None,
+        "num_hidden_layers": None,
     }
 }
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel"}
@@ -38,6 +43,12 @@ SIZES = {
     "layer_norm_epsilon": "norm_eps",
     "initializer_range": "init_scale",
     "tie_word_embeddings": "tied_head",
+}
+OTHER_NAMES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
 }
 NAMES = {"gelu_new": "gelu_tanh", **ACTIVATIONS}
 # Of every GPT-2; the rest is sizes.
@@ -52,17 +63,22 @@ STYLE = dict(
 
 def read(model_type: str, found: dict[str, Any]) -> ModelConfig:
     """The model of a config.json."""
+    found = {**{own: found[name] for name, own in OTHER_NAMES.items() if name in found}, **found}
     a = Attributes(found, DEFAULTS[model_type])
+    for name, own in OTHER_NAMES.items():
+        a.same(name, own)
     a.must_be(
         scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False
     )
     fields = {field: a[name] for name, field in SIZES.items()}
     D, N = fields["embed_dim"], fields["num_heads"]
+    H = a.head_dim("n_embd", "n_head")
+    decoder.check_head_dim(a, H, "n_embd")
     return ModelConfig(
         **fields,
         **STYLE,
         num_kv_heads=N,
-        head_dim=D // N,
+        head_dim=H,
         mlp_dim=a["n_inner"] or 4 * D,
         activation=a.choice("activation_function", NAMES),
     )

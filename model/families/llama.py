@@ -25,13 +25,13 @@ SIZES = {
     "initializer_range": 0.02,
     "tie_word_embeddings": False,
     "hidden_act": "silu",
+    "activation": None,  # some say once more what the MLP is
+    "layer_types": None,
     **rope_json.DEFAULTS,
 }
 MISTRAL = dict(intermediate_size=14_336, num_key_value_heads=8, max_position_embeddings=131_072)
 QWEN = dict(vocab_size=151_936, intermediate_size=22_016, max_position_embeddings=32_768)
-WINDOWS = dict(
-    use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None
-)
+WINDOWS = dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28)
 DEFAULTS = {  # of each model_type, as transformers publishes them
     "llama": {**SIZES, "attention_bias": False, "mlp_bias": False},
     "mistral": {**SIZES, **MISTRAL, "sliding_window": 4096},
@@ -51,6 +51,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+GATED = {**ACTIVATIONS, "swiglu": "silu"}  # names of the activation, and of the MLP that has it
 NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
 
 
@@ -58,36 +59,45 @@ def read(model_type: str, found: dict[str, Any]) -> ModelConfig:
     """The model of a config.json."""
     a = Attributes(found, DEFAULTS[model_type])
     fields = decoder.read_sizes(a)
-    rope = rope_json.read(a, fields["context"])
+    rope = rope_json.read(a, fields["head_dim"])
     fields["context"] = rope_json.context(rope, fields["context"])
-    biased: tuple[str, ...] = ()
-    specs = {"full_attention": full(rope=rope)}
-    types = ["full_attention"] * fields["num_layers"]
-    if model_type == "mistral" and a["sliding_window"]:
-        types = ["sliding_attention"] * fields["num_layers"]
-    if model_type.startswith("qwen"):
-        types = _qwen_layers(a, fields["num_layers"])
-        biased = ("qkv",) if model_type == "qwen2" else ()
-    if "sliding_attention" in types:
-        specs["sliding_attention"] = sliding(a["sliding_window"], rope=rope)
+    activation = a.choice("hidden_act", ACTIVATIONS)
+    if a["activation"] is not None and a.choice("activation", GATED) != activation:
+        raise a.refused("activation", f"and hidden_act={a['hidden_act']!r} are not the same")
+    types = _layer_types(model_type, a)
+    specs = {"full_attention": full(rope=rope), **decoder.windowed(a, types, rope=rope)}
+    biased = ("qkv",) if model_type == "qwen2" else ()
     if model_type in ("llama", "qwen3") and a["attention_bias"]:
         biased = ("qkv", "out")
     if model_type == "llama" and a["mlp_bias"]:
         biased = (*biased, "mlp")
     return ModelConfig(
         **fields,
-        pattern=decoder.pattern(types, specs),
-        activation=a.choice("hidden_act", ACTIVATIONS),
+        pattern=decoder.read_pattern(types, specs),
+        activation=activation,
         bias=biased,
         qk_norm=model_type == "qwen3",
     )
 
 
-def _qwen_layers(a: Attributes, num_layers: int) -> list[str]:
-    if a["layer_types"] is not None:
-        return list(a["layer_types"])
-    first = a["max_window_layers"] if a["use_sliding_window"] else num_layers
-    return ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
+def _layer_types(model_type: str, a: Attributes) -> list[str]:
+    """The type of each layer, as the class of `model_type` in transformers has it."""
+    count = a["num_hidden_layers"]
+    if model_type.startswith("qwen"):
+        windows = a["use_sliding_window"] and a["sliding_window"] is not None
+        first = a["max_window_layers"] if windows else count
+        usual = ["sliding_attention" if i >= first else "full_attention" for i in range(count)]
+        types = decoder.read_layer_types(a, usual)
+        if "sliding_attention" in types and not windows:  # the class would set the window to None
+            name = "sliding_window" if a["use_sliding_window"] else "use_sliding_window"
+            raise a.refused(name, "with layers of sliding_attention in layer_types: correct one")
+        return types
+    # These classes do not read layer_types, so it may only repeat what they do.
+    windows = model_type == "mistral" and a["sliding_window"] is not None
+    usual = ["sliding_attention" if windows else "full_attention"] * count
+    if decoder.read_layer_types(a, usual) != usual:
+        raise a.refused("layer_types", f"of model_type={model_type!r}: all are {usual[0]} there")
+    return usual
 
 
 def write(model_type: str, config: ModelConfig) -> dict[str, Any]:

@@ -18,6 +18,9 @@ class Rows(Section):
 
     checkpoint: str = setting("", "a bundle; empty is the workdir")
     step: int | None = setting(None, "of the bundle; None is the newest complete one", low=0)
+    dtype: Literal["", "float32", "bfloat16"] = setting(
+        "", "in which the model computes; empty is as its bundle says"
+    )
     batch_size: int = setting(8, "rows at a time, over all devices", low=1)
     prefill_chunk: int = setting(512, "tokens of a row in one step", low=1)
 

@@ -36,7 +36,7 @@ from model.quantised import Rounding
 def main(experiment: Experiment) -> list[dict]:
     """Decodes what the `decode` section asks for; the rows of its output."""
     config: DecodeConfig = experiment.decode
-    found = load.find(config.checkpoint or experiment.workdir, config.step)
+    found = load.find(config.checkpoint or experiment.workdir, config.step, config.dtype)
     Form.of(config).apply(found.config)  # refuses what cannot be
     rows = read_rows(config, found)
     beam.check(config, rows, (found.tokenizer or found.config).vocab_size)
@@ -208,7 +208,8 @@ def header(found: Found, config: DecodeConfig, rows: list[Row], rounding: Roundi
     how += [f"seed {config.seed}"] + [f"{own} of {len(rows)} rows set their own"] * bool(own)
     return (
         f"{found.path} step {found.step}, {parts.total(found.config) / 1e6:.1f} M parameters"
-        f"{weights.text(rounding)}, {jax.device_count()} x {device.device_kind}; {', '.join(how)}"
+        f"{weights.text(rounding)}, {load.computing(found.config, 'decode', config.dtype)}, "
+        f"{jax.device_count()} x {device.device_kind}; {', '.join(how)}"
     )
 
 

@@ -5,6 +5,7 @@ with jax.set_mesh(make_mesh(MeshConfig())):
     model = restore(found, prefilling())
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,11 +40,15 @@ class Found(NamedTuple):
         return [(field, self.path / name) for name in names]
 
 
-def find(path: str | Path, step: int | None = None) -> Found:
-    """Opens the bundle at `path`; UserError if there is none, or no such complete step."""
+def find(path: str | Path, step: int | None = None, dtype: str = "") -> Found:
+    """Opens the bundle at `path`, to compute in `dtype`; in what the bundle says if that is empty.
+
+    UserError if there is none, or no such complete step.
+    """
     bundle = Bundle(path)
     try:
         config = bundle.config(model=ModelConfig).model
+        config = dataclasses.replace(config, dtype=dtype or config.dtype)
         tokenizer = tokenizers.load(bundle.tokenizer) if bundle.tokenizer else None
         found = Found(bundle.path, bundle.choose(step), config, tokenizer)
     finally:
@@ -54,6 +59,16 @@ def find(path: str | Path, step: int | None = None) -> Found:
             f"but the model only {config.vocab_size}"
         )
     return found
+
+
+def computing(
+    config: ModelConfig, section: str, dtype: str, else_by: str = "as the bundle says"
+) -> str:
+    """The part of a header that tells the compute dtype, and what chose it.
+
+    That is the field `dtype` of a section of the experiment, where it is not empty.
+    """
+    return f"computing in {config.dtype} ({f'{section}.dtype' if dtype else else_by})"
 
 
 def restore(found: Found, rules: Rules, form: Rounding | None = None) -> Transformer:

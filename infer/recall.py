@@ -44,7 +44,7 @@ KEYS = "name", "bundle", "rows"  # of recall.json
 def main(experiment: Experiment) -> list[dict[str, Any]]:
     """Asks, prints and writes; the rows of recall.json."""
     config: RecallConfig = experiment.recall
-    found = load.find(config.checkpoint or experiment.workdir, config.step)
+    found = load.find(config.checkpoint or experiment.workdir, config.step, config.dtype)
     if found.tokenizer is None:
         raise UserError(f"{found.path} has no tokenizer: recall asks in words")
     path = config.output or Path(experiment.workdir) / "recall.json"

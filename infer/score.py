@@ -27,7 +27,7 @@ def main(experiment: Experiment) -> list[dict]:
     config: ScoreConfig = experiment.score
     if not config.input:
         raise UserError("score.input is empty: name a .jsonl or a .txt, or - for stdin")
-    found = load.find(config.checkpoint or experiment.workdir, config.step)
+    found = load.find(config.checkpoint or experiment.workdir, config.step, config.dtype)
     form = Form.of(config)
     form.apply(found.config)  # refuses what cannot be
     vocab_size = (found.tokenizer or found.config).vocab_size
@@ -51,6 +51,8 @@ def main(experiment: Experiment) -> list[dict]:
         size = min(config.batch_size, len(rows))
         plan = Plan.of(size, max(map(len, rows)), 0, config.prefill_chunk)
         engine = Engine(model, plan, form=form)
+        how = load.computing(found.config, "score", config.dtype)
+        print(f"{found.path} step {found.step}, {how}", file=sys.stderr, flush=True)
         for first in range(0, len(rows), size):
             batch = rows[first : first + size]
             _, scores = engine.score(batch)

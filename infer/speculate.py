@@ -213,7 +213,7 @@ def find_draft(config: DecodeConfig, found: Found, rows: Sequence[Row]) -> Found
 
     UserError where it or the model, whose bundle is `found`, cannot speculate on these rows.
     """
-    draft = load.find(config.draft, config.draft_step) if config.draft else None
+    draft = load.find(config.draft, config.draft_step, config.dtype) if config.draft else None
     form = Form.of(config)
     for each in (found, draft):
         prefix = max((spec.prefix for spec in each.config.pattern), default=0) if each else 0

@@ -25,7 +25,7 @@ SHOWN = 5  # names in a message
 
 
 class Source(NamedTuple):
-    """A checkpoint whose headers agree with its config. `config.param_dtype` is its own."""
+    """A checkpoint whose headers agree with its config, whose dtypes are the checkpoint's own."""
 
     config: ModelConfig
     tensors: list[Tensor]
@@ -41,7 +41,8 @@ def find(directory: str | Path) -> Source:
     check_index(directory, headers)
     if not (directory / CONFIG).is_file():
         raise UserError(f"{directory} has no {CONFIG}: it is no directory of a checkpoint")
-    config = families.read(read_json(directory / CONFIG))
+    config_json = read_json(directory / CONFIG)
+    config = families.read(config_json)
     tensors = families.tensors(config)
     entries = named(headers, config)
     head = duplicate_head(config)
@@ -52,8 +53,12 @@ def find(directory: str | Path) -> Source:
     check_shapes(directory, tensors, entries)
     check_dtypes(directory, entries)
     codes = {entry.code for entry in entries.values()}
-    own = "bfloat16" if codes == {"BF16"} else "float32"  # which holds every float16
-    return Source(dataclasses.replace(config, param_dtype=own), tensors, entries)
+    stored = "bfloat16" if codes == {"BF16"} else "float32"  # which holds every float16
+    # transformers, too, computes in the dtype that config.json names. bfloat16 would round float16.
+    dtypes = {"bfloat16": "bfloat16", "float32": "float32", "float16": "float32"}
+    compute = dtypes.get(families.declared_dtype(config_json), stored)
+    config = dataclasses.replace(config, dtype=compute, param_dtype=stored)
+    return Source(config, tensors, entries)
 
 
 def weight_files(directory: Path) -> list[Path]:

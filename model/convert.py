@@ -4,8 +4,9 @@
     python -m infer.decode --config=configs/quickstart.py --config.decode.checkpoint=runs/tinyllama
 
 Tensor by tensor: the model is never whole in memory. What is written gets its name when it is
-complete; nothing is overwritten. --dtype casts; else a bundle has the checkpoint's dtype
-(float16 or mixed become float32, which holds them) and an export the bundle's.
+complete; nothing is overwritten. --dtype is that of the parameters, and the one that a bundle
+computes in; else a bundle stores what the checkpoint does (float16 or mixed become float32, which
+holds them) and computes in what config.json says, and an export has the bundle's.
 """
 
 import argparse
@@ -45,17 +46,21 @@ def from_hf(directory: Path, target: Path, dtype: str | None = None) -> None:
     began = time.perf_counter()
     source = checkpoint_files.find(directory)
     codes = sorted({entry.code for entry in source.entries.values()})
-    dtype = dtype or source.config.param_dtype
-    config = dataclasses.replace(source.config, param_dtype=dtype)
-    source = source._replace(config=config)
+    config = source.config
+    if dtype:
+        config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+    dtype, source = config.param_dtype, source._replace(config=config)
     with created(target) as partial:
-        log.info("%s is %s: the bundle has %s", directory, " and ".join(codes), dtype)
+        computing = f"computing in {config.dtype}"
+        log.info(
+            "%s is %s: %s, the bundle has %s", directory, " and ".join(codes), computing, dtype
+        )
         experiment = Experiment(name=target.name, model=config)
         checkpoint.create(partial, to_json(experiment), None)
         tokenizer_files.import_tokenizer(directory, partial / checkpoint.TOKENIZER)
         with progress("importing", len(source.tensors)) as done:
             hf_import.save(source, partial, done)
-    report(directory, target, source.tensors, dtype, began)
+    report(directory, target, source.tensors, f"{dtype}, {computing}", began)
 
 
 def from_bundle(
@@ -157,7 +162,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--to_bundle", type=Path, metavar="DIR", help="the bundle to make of it")
     parser.add_argument("--from_bundle", type=Path, metavar="DIR", help="a bundle")
     parser.add_argument("--to_hf", type=Path, metavar="DIR", help="the directory to make of it")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="cast parameters to it")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of parameters and products"
+    )
     parser.add_argument("--step", type=int, help="of the bundle; the newest complete one")
     parser.add_argument("--shard_gb", type=float, default=2.0, help="largest file of an export (2)")
     args = parser.parse_args(argv)

@@ -4,6 +4,7 @@ source = find(experiment)  # shapes, on the mesh in use
 model = weights(source)
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,11 +45,12 @@ def find(experiment: Experiment) -> Source:
     named = config.checkpoint or config.step is not None
     found = None
     if named or (Path(path) / CONFIG).is_file():
-        found = load.find(path, config.step)
+        found = load.find(path, config.step, config.dtype)
     model = found.config if found else experiment.model
+    model = dataclasses.replace(model, dtype=config.dtype or model.dtype)
     rounding = rounded.rounding(model, rules, config.weights, config.weights_group)
     shapes = load.shapes(model, rules, rounding)
-    how = {"weights": config.weights, "group": config.weights_group}
+    how = {"weights": config.weights, "group": config.weights_group, "dtype": model.dtype}
     if found is None:
         name = f"random, as {path} is no bundle{rounded.text(rounding)}"
         return Source(None, shapes, rounding, name, {"random": 0, **how})
@@ -73,10 +75,12 @@ def cases_of(model: Transformer, config: BenchConfig) -> list[Case]:
 
 def head(experiment: Experiment, source: Source, device: str) -> dict[str, Any]:
     """The report without its rows."""
+    asked, says = experiment.bench.dtype, "as the bundle says" if source.found else "model.dtype"
     return {
         "device": device,
         "config": experiment.name,
         "weights": source.name,
+        "computing": load.computing(source.model.config, "bench", asked, says),
         "parameters": parts.total(source.model.config),
         "model": to_dict(source.model.config),
         "bench": to_dict(experiment.bench),

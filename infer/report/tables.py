@@ -160,9 +160,10 @@ def title(report: Mapping[str, Any]) -> str:
     if windows:
         seen = " or ".join(f"{window:,}" for window in sorted(set(windows)))
         sliding = f" (sliding: {len(windows)} of them see {seen} tokens)"
+    computing = report.get("computing", model["dtype"])  # a report of an older version has none
     return (
         f"{report['config']}: {report['parameters'] / 1e6:.1f} M parameters, "
-        f"{layers} layers{sliding}, {model['dtype']}, on {report['device']}"
+        f"{layers} layers{sliding}, {computing}, on {report['device']}"
     )
 
 

@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from core import backend, checkpoint, cli, tokenizer_files
 from core.checkpoint import Bundle, write_text
 from core.config import Experiment, UserError, to_json
-from model import checkpoint_files, families, hf_export, hf_import, parts
+from model import checkpoint_files, families, hf_export, hf_import, parts, tokenizer_check
 from model.checkpoint_files import CONFIG
 from model.config import ModelConfig
 from model.families.tensor import Tensor
@@ -50,8 +50,9 @@ def from_hf(directory: Path, target: Path, dtype: str | None = None) -> None:
     if dtype:
         config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
     dtype, source = config.param_dtype, source._replace(config=config)
+    computing = f"computing in {config.dtype}"
+    tokenizer_check.check(directory, config.vocab_size)
     with created(target) as partial:
-        computing = f"computing in {config.dtype}"
         log.info(
             "%s is %s: %s, the bundle has %s", directory, " and ".join(codes), computing, dtype
         )

@@ -33,9 +33,9 @@ def config_json(**changes):
     }
 
 
-def tensors(dtype=BFLOAT16, seed=0):
+def tensors(dtype=BFLOAT16, seed=0, vocab_size=V):
     """Random values by name, as transformers names them."""
-    shapes = {EMBEDDING: (V, D)}
+    shapes = {EMBEDDING: (vocab_size, D)}
     for i in range(LAYERS):
         shapes |= {
             f"model.layers.{i}.input_layernorm.weight": (D,),
@@ -48,7 +48,7 @@ def tensors(dtype=BFLOAT16, seed=0):
             f"model.layers.{i}.self_attn.q_proj.weight": (N * H, D),
             f"model.layers.{i}.self_attn.v_proj.weight": (K * H, D),
         }
-    shapes |= {"model.norm.weight": (D,), HEAD: (V, D)}
+    shapes |= {"model.norm.weight": (D,), HEAD: (vocab_size, D)}
     random = np.random.default_rng(seed)
     return {name: random.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
 

@@ -147,18 +147,30 @@ def test_decodes_an_imported_bundle(imported, tmp_path, monkeypatch):
 
 
 def test_dtypes(tmp_path, log):
-    """bfloat16 stays; float16, or a mixture, is held by float32; --dtype casts."""
+    """bfloat16 stays; float16, or a mixture, is held by float32; --dtype casts, and computes."""
     exact = cases.tensors(np.float16)
     mixed = {n: x if "norm" in n else x.astype(cases.BFLOAT16) for n, x in exact.items()}
-    for name, values, asked, expected in (
-        ("bfloat16", cases.tensors(), None, "bfloat16"),
-        ("float16", exact, None, "float32"),
-        ("mixed", mixed, None, "float32"),
-        ("cast", exact, "bfloat16", "bfloat16"),
+    half = cases.tensors()
+    for name, values, told, asked, expected, computing in (
+        ("bfloat16", half, {}, None, "bfloat16", "bfloat16"),
+        ("to float32", half, {}, "float32", "float32", "float32"),
+        ("float16", exact, dict(torch_dtype="float16"), None, "float32", "float32"),
+        (
+            "mixed",
+            mixed,
+            dict(dtype="bfloat16", torch_dtype="float32"),
+            None,
+            "float32",
+            "bfloat16",
+        ),
+        ("cast", exact, {}, "bfloat16", "bfloat16", "bfloat16"),
     ):
-        cases.write(tmp_path / name, values)
+        cases.write(tmp_path / name, values, **told)
         convert.from_hf(tmp_path / name, tmp_path / f"{name}-bundle", asked)
-        assert log.records[-1].getMessage().endswith(f"the bundle has {expected}")
+        message = log.records[-1].getMessage()
+        assert message.endswith(f"computing in {computing}, the bundle has {expected}")
+        model = Bundle(tmp_path / f"{name}-bundle").config(model=ModelConfig).model
+        assert (model.dtype, model.param_dtype) == (computing, expected)
         run("--from_bundle", tmp_path / f"{name}-bundle", "--to_hf", tmp_path / f"{name}-back")
         cast = {n: x.astype(expected) for n, x in values.items()}
         cases.assert_same(cases.read(tmp_path / f"{name}-back"), cast)
@@ -250,7 +262,7 @@ def test_a_tied_head(tmp_path):
 
 
 def test_the_tokenizer_travels_along(tmp_path):
-    cases.write(tmp_path / "hf", cases.tensors())
+    cases.write(tmp_path / "hf", cases.tensors(vocab_size=304), vocab_size=304)
     tokenizer_cases.byte_level(tmp_path / "hf", generation_config={"eos_token_id": [301, 302]})
     (tmp_path / "hf" / "chat_template.jinja").write_text("{{ x }}")
     (tmp_path / "hf" / "README.md").write_text("not a part of it")

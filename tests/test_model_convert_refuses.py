@@ -7,6 +7,7 @@ import sys
 import hf_cases as cases
 import numpy as np
 import pytest
+import tokenizer_cases
 from safetensors.numpy import save_file
 
 from core import cli
@@ -199,6 +200,40 @@ def test_targets_that_are_there_stay(tmp_path, capsys):
     message = refused(capsys, *to_hf, hf / "config.json" / "x")
     assert message.endswith("config.json/x cannot be written: Not a directory")
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+UNOPENABLE = {  # what the files say, and what the message says
+    "eos": (
+        dict(generation_config={"eos_token_id": 99_999}),
+        "eos_token_id=99999 is beyond the 304",
+    ),
+    "one of two": (
+        dict(config={"eos_token_id": [301, 400]}),
+        "hf/config.json: eos_token_id=400 is",
+    ),
+    "text": (dict(generation_config={"eos_token_id": "301"}), "eos_token_id='301' must be a token"),
+    "pad": (dict(generation_config={"pad_token_id": 304}), "pad_token_id=304 is beyond the 304"),
+    "table": (
+        dict(config={"vocab_size": 64}),
+        "the tokenizer has 304 tokens, but config.json says",
+    ),
+    "list": (
+        dict(generation_config=[]),
+        "hf/generation_config.json is damaged: it holds no object",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNOPENABLE)
+def test_what_no_command_would_open_is_not_imported(tmp_path, capsys, case):
+    files, message = UNOPENABLE[case]
+    told = {"vocab_size": 304, "eos_token_id": 301, **files.get("config", {})}
+    values = cases.tensors(vocab_size=told["vocab_size"])
+    hf = cases.write(tmp_path / "hf", values, **told)
+    generation = files.get("generation_config", {})
+    tokenizer_cases.byte_level(hf, generation_config=generation)
+    assert message in refused(capsys, "--from_hf", hf, "--to_bundle", tmp_path / "bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_bundles_that_cannot_be_exported(tmp_path, capsys):

@@ -34,7 +34,7 @@ PRESETS = {**gpt2.PRESETS, **llama.PRESETS, **falcon.PRESETS, **gemma.PRESETS}
 # Wrappers: the text model is one of their parts.
 WRAPPERS = {"gemma3": "gemma3_text", "gemma4": "gemma4_text"}
 # What else a wrapper tells of: images, sound, and weights that are initialised.
-OTHER_PARTS = ("vision_config", "audio_config", "mm_tokens_per_image", "initializer_range")
+OTHER_PARTS = re.compile(r"text_config|(vision|audio|image|video|mm)_\w+|initializer_range")
 OURS = ("attention_kernel", "dtype", "param_dtype")  # fields that no config.json speaks of
 
 # Mask buffers and frequencies that older files hold, and what is not of the text model.
@@ -76,8 +76,7 @@ def _text_model(model_type: str, found: Mapping[str, Any]) -> dict[str, Any]:
         )
     for name, value in found.items():
         tied = name == "tie_word_embeddings" and value == inner.get(name, True)
-        known = name in ("text_config", *OTHER_PARTS) or tied or harmless(name, value, found)
-        if not known:
+        if not (OTHER_PARTS.fullmatch(name) or tied or harmless(name, value, found)):
             raise UserError(
                 f"config.json: {name}={shown(value)} beside text_config in model_type="
                 f"{model_type!r} is not understood here, so what it changes is not known"

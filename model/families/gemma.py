@@ -73,7 +73,9 @@ SANDWICH_NORMS = {
 
 
 # The first files of Gemma 1 say "gelu" and mean the tanh approximation that it was trained with.
-LEGACY = {**ACTIVATIONS, "gelu": "gelu_tanh"}
+# So the exact GELU has another name there, and "gelu" is the last name for the approximation.
+LEGACY = {name: ours for name, ours in ACTIVATIONS.items() if name != "gelu"}
+LEGACY["gelu"] = "gelu_tanh"
 
 
 def read(model_type: str, found: dict[str, Any]) -> ModelConfig:
@@ -154,7 +156,7 @@ def _ropes(a: Attributes, head_dim: int) -> tuple[Rope, Rope]:
 
 def write(model_type: str, config: ModelConfig) -> dict[str, Any]:
     """A config.json; `families.write` sees to it that it says all of `config`."""
-    activation = spelled(ACTIVATIONS, config.activation)
+    activation = spelled(LEGACY if model_type == "gemma" else ACTIVATIONS, config.activation)
     found = decoder.write_sizes(config) | {"attention_bias": bool(config.bias)}
     found |= {"hidden_activation": activation}
     if model_type == "gemma":

@@ -27,7 +27,7 @@ MAX_SENTENCE = 2**30
 
 
 def read(path: Path) -> ModelProto:
-    """The model; UserError when the file is damaged or of another kind."""
+    """The model; UserError when the file is damaged, of another kind, or not supported."""
     content = path.read_bytes()
     if _is_tiktoken(content):
         raise UserError(
@@ -42,6 +42,10 @@ def read(path: Path) -> ModelProto:
         damaged = True
     if damaged:
         raise UserError(f"{path} is not a SentencePiece model, or it is damaged: copy it again")
+    if model.denormalizer_spec.precompiled_charsmap:
+        raise UserError(f"{path}: it has a denormaliser, which is not supported")
+    if model.trainer_spec.treat_whitespace_as_suffix:
+        raise UserError(f"{path}: it writes spaces after words, which is not supported")
     return model
 
 

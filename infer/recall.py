@@ -53,13 +53,17 @@ def main(experiment: Experiment) -> list[dict[str, Any]]:
     count = len(config.ropes) * len(config.lengths)
     backend.keep_programs(experiment.workdir)
     with streams.guarded(file.kept), jax.set_mesh(make_mesh(mesh)):
+        of = f"{found.path} step {found.step}"
+        how = load.computing(found.config, "recall", config.dtype)
+        print(f"{of}, {how}", file=sys.stderr, flush=True)
         model = load.restore(found, prefilling(mesh.strategy, mesh.ulysses, mesh.both_ways))
         for row in rows(model, found.tokenizer, config):
             done.append(row)
-            values = experiment.name, f"{found.path} step {found.step}", done
+            values = experiment.name, of, done
             # After each row, so that none is lost; stdout gets the whole, once.
             if file.kept or len(done) == count:
                 report = dict(zip(KEYS, values, strict=True), complete=len(done) == count)
+                report["dtype"] = found.config.dtype
                 file.write(json.dumps(report, indent=1) + "\n")
             print(line(row), file=sys.stderr, flush=True)
         print(table(done), file=sys.stderr if file.is_stdout else sys.stdout)

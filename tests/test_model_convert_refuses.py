@@ -217,6 +217,11 @@ UNOPENABLE = {  # what the files say, and what the message says
         dict(config={"vocab_size": 64}),
         "the tokenizer has 304 tokens, but config.json says",
     ),
+    "suffix": (
+        dict(model=dict(treat_whitespace_as_suffix=True)),
+        "tokenizer.model: it writes spaces after words, which is not supported",
+    ),
+    "pieces": (dict(model={}), "the tokenizer has 360 tokens, but config.json"),
     "list": (
         dict(generation_config=[]),
         "hf/generation_config.json is damaged: it holds no object",
@@ -230,8 +235,10 @@ def test_what_no_command_would_open_is_not_imported(tmp_path, capsys, case):
     told = {"vocab_size": 304, "eos_token_id": 301, **files.get("config", {})}
     values = cases.tensors(vocab_size=told["vocab_size"])
     hf = cases.write(tmp_path / "hf", values, **told)
-    generation = files.get("generation_config", {})
-    tokenizer_cases.byte_level(hf, generation_config=generation)
+    if "model" in files:
+        tokenizer_cases.sentencepiece_model(hf, **files["model"])
+    else:
+        tokenizer_cases.byte_level(hf, generation_config=files.get("generation_config", {}))
     assert message in refused(capsys, "--from_hf", hf, "--to_bundle", tmp_path / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 

@@ -31,7 +31,9 @@ class Weights(Section):
 
     NEEDS = (("weights_group", "weights"),)
 
-    weights: Kind = setting("compute", "model.dtype, or rounded to int8 or int4 when they are read")
+    weights: Kind = setting(
+        "compute", "as dtype says, or rounded to int8 or int4 when they are read"
+    )
     weights_group: int | None = setting(
         None,
         "inputs of a matrix that share a scale; 0 is all; None is all in int8, and in int4 as many "

@@ -126,6 +126,10 @@ BAD = {  # what is done to a good directory of one file, and what the message sa
         lambda hf: (hf / "config.json").write_text("{"),
         "hf/config.json is damaged",
     ),
+    "no heads": (
+        lambda hf: edit(hf / "config.json", num_attention_heads=0),
+        "model_type='llama' is damaged: num_attention_heads=0 must be a whole number",
+    ),
     "family": (lambda hf: edit(hf / "config.json", model_type="mamba"), "llama"),
     "two kinds": (
         lambda hf: (hf / cases.INDEX).write_text("{}"),

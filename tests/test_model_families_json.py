@@ -166,6 +166,8 @@ HARMLESS = {  # of each model_type
 }
 
 MATTERS = [  # refused, and what the message names
+    (dict(LLAMA, **{"a new\nline": 1}), r"'a new\nline'=1"),
+    (dict(LLAMA, rope_scaling={"a\n": 1}), r"'a\n'=1"),
     (dict(LLAMA, rope_interleaved=True), "rope_interleaved=True"),
     (dict(LLAMA, attention_multiplier=1.0), "attention_multiplier=1.0"),
     (dict(LLAMA, logit_scale=0.0625), "logit_scale=0.0625"),

@@ -20,7 +20,7 @@ from typing import Any
 from core.config import UserError
 from model.config import ModelConfig
 from model.families import falcon, gemma, gemma4, gpt2, llama
-from model.families.attributes import shown
+from model.families.attributes import named, shown
 from model.families.harmless import harmless
 from model.families.tensor import Tensor
 
@@ -78,7 +78,7 @@ def _text_model(model_type: str, found: Mapping[str, Any]) -> dict[str, Any]:
         tied = name == "tie_word_embeddings" and value == inner.get(name, True)
         if not (OTHER_PARTS.fullmatch(name) or tied or harmless(name, value, found)):
             raise UserError(
-                f"config.json: {name}={shown(value)} beside text_config in model_type="
+                f"config.json: {named(name)}={shown(value)} beside text_config in model_type="
                 f"{model_type!r} is not understood here, so what it changes is not known"
             )
     return {**inner, "model_type": wanted}

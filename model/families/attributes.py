@@ -178,6 +178,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
+def named(name: str) -> str:
+    """The name of an attribute for a message, quoted where it is not like one."""
+    return name if name.isidentifier() else shown(name)
+
+
 class Attributes:
     """The attributes of a model, those left out at the published default of its class."""
 
@@ -190,7 +195,7 @@ class Attributes:
                 self._check(name, value, defaults[name])
             elif not harmless(name, value, found):
                 raise UserError(
-                    f"config.json: {name}={shown(value)} is no attribute of model_type="
+                    f"config.json: {named(name)}={shown(value)} is no attribute of model_type="
                     f"{self.model_type!r} that is understood here, so what it changes is not known"
                 )
         self._given = {name: value for name, value in found.items() if name in defaults}

@@ -14,6 +14,7 @@ from model.families.attributes import (
     VALUES,
     Attributes,
     items,
+    named,
     number,
     shown,
 )
@@ -123,7 +124,9 @@ def parse(a: Attributes, given: Mapping[str, Any], head_dim: int) -> Rope:
         if idle:
             del given[field]
         elif field not in ("rope_theta", *FIELDS[kind]):
-            raise UserError(f"config.json: {field}={shown(value)} is not supported with {of}")
+            raise UserError(
+                f"config.json: {named(field)}={shown(value)} is not supported with {of}"
+            )
         elif not FIELD_VALUES[field].holds(value):
             raise UserError(
                 f"config.json: {field}={shown(value)} with {of} must be {FIELD_VALUES[field].text}"

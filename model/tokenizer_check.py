@@ -56,7 +56,7 @@ def _told(directory: Path) -> list[tuple[Path, str, Any]]:
 
 
 def _is_mark(value: Any) -> bool:
-    """Null and negative ids stand for none."""
+    """Returns whether a value is an id, a list of ids, or null; ids below 0 stand for none."""
     values = value if isinstance(value, list) else [value]
     return value is None or all(type(i) is int for i in values)
 

@@ -29,7 +29,7 @@ ACTIVATIONS = {
 
 
 class Values(NamedTuple):
-    """What an attribute may be: in words, and as a test of a value that is not null."""
+    """The values that an attribute may have, in words and as a test; null is asked elsewhere."""
 
     text: str
     holds: Callable[[Any], bool]
@@ -42,7 +42,7 @@ def whole(low: int, high: int = 2**31 - 1) -> Values:
 
 
 def number(above: float = 0.0, low: float | None = None, high: float = 1e30) -> Values:
-    """Numbers more than `above`, or from `low` on; neither infinite nor NaN."""
+    """Numbers more than `above`, or from `low` on if it is given; neither infinite nor NaN."""
     text = f"a number more than {above:g}" if low is None else f"a number of {low:g} or more"
 
     def holds(x: Any) -> bool:
@@ -158,8 +158,6 @@ NULL = {
     "num_kv_shared_layers",
     "sliding_window",
 }
-
-
 # Null is as if the attribute were left out: these numbers are for weights not trained yet.
 NULL_IS_NOTHING = {"initializer_range"}
 

@@ -181,7 +181,7 @@ FULL = ("full_attention", "attention")  # names of the same layer type, then and
 
 
 def harmless(name: str, value: Any, found: Mapping[str, Any]) -> bool:
-    """Whether the attribute changes nothing in a model of a class that does not read it."""
+    """Returns whether an attribute that the class does not read changes no logits."""
     if value is None or name in IDLE or IDLE_KINDS.fullmatch(name):
         return True
     if name in IDLE_AT:

@@ -59,10 +59,6 @@ def load(directory: Path) -> SentencePiece:
     """The tokenizer.model in `directory`; UserError when it is damaged."""
     path = directory / tokenizer_files.MODEL
     model = tokenizer_model.read(path)
-    if model.denormalizer_spec.precompiled_charsmap:
-        raise UserError(f"{path}: it has a denormaliser, which is not supported")
-    if model.trainer_spec.treat_whitespace_as_suffix:
-        raise UserError(f"{path}: it writes spaces after words, which is not supported")
     try:
         marks = tokenizer_files.marks(directory)
         with tokenizer_files.shaped(directory):

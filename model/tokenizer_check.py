@@ -42,6 +42,7 @@ def check(directory: str | Path, vocab_size: int) -> None:
             raise UserError(
                 f"{where}={beyond[0]} is beyond the {size} tokens of the tokenizer: correct it"
             )
+    tokenizer_files.check(directory, marks)
 
 
 def _told(directory: Path) -> list[tuple[Path, str, Any]]:
@@ -79,7 +80,8 @@ def _size(kind: tokenizer_files.Kind, directory: Path) -> int:
     """Ids of the tokenizer go below it. UserError when the file is damaged."""
     if kind != "huggingface":
         model = tokenizer_model.read(directory / tokenizer_files.MODEL)
-        added = {} if kind == "trained" else tokenizer_files.added_tokens(directory)
+        with tokenizer_files.shaped(directory):
+            added = {} if kind == "trained" else tokenizer_files.added_tokens(directory)
         return max([len(model.pieces), *(token.id + 1 for token in added.values())])
     path = directory / tokenizer_files.JSON
     try:

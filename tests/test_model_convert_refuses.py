@@ -226,6 +226,7 @@ UNOPENABLE = {  # what the files say, and what the message says
         "tokenizer.model: it writes spaces after words, which is not supported",
     ),
     "pieces": (dict(model={}), "the tokenizer has 360 tokens, but config.json"),
+    "word": (dict(generation_config={"eos_token_id": 5}), "it is an ordinary word of the vocab"),
     "list": (
         dict(generation_config=[]),
         "hf/generation_config.json is damaged: it holds no object",

@@ -90,29 +90,35 @@ class Rope(Section):
         return self.scaling in ("dynamic", "longrope")
 
 
-def frequencies(rope: Rope, head_dim: int, length_B: jax.Array | None = None) -> jax.Array:
-    """Radians a token, float32: [H / 2], or [B, H / 2] for texts of `length_B` if `by_length`."""
-    return jnp.float32(_frequencies(rope, head_dim, length_B))
+def frequencies(rope: Rope, head_dim: int, length: jax.Array | None = None) -> jax.Array:
+    """Radians a token, float32: [H / 2], or [..., H / 2] for texts of `length` if `by_length`."""
+    return jnp.float32(_frequencies(rope, head_dim, length))
 
 
-def _frequencies(rope: Rope, head_dim: int, length_B: jax.Array | None) -> np.ndarray | jax.Array:
+def _frequencies(rope: Rope, head_dim: int, length: jax.Array | None) -> np.ndarray | jax.Array:
     """The same; those that do not go by length in float64, by NumPy."""
     exponents = np.arange(0, head_dim, 2) / head_dim
     plain = rope.base**-exponents
     plain[int(rope.fraction * head_dim // 2) :] = 0.0
     if rope.scaling == "dynamic":
         # NTK-aware: the longest wavelength grows as the text does, the shortest stays.
-        over_B = jnp.maximum(length_B, rope.original).astype(jnp.float32) / rope.original
-        growth_B = (rope.factor * over_B - (rope.factor - 1)) ** (head_dim / (head_dim - 2))
-        return jnp.float32(plain)[None] * growth_B[:, None] ** -jnp.float32(exponents)[None]
+        over = jnp.maximum(length, rope.original).astype(jnp.float32) / rope.original
+        growth = (rope.factor * over - (rope.factor - 1)) ** (head_dim / (head_dim - 2))
+        plain_h, exponents_h = (
+            jnp.float32(x).reshape((1,) * growth.ndim + (-1,)) for x in (plain, exponents)
+        )
+        return plain_h * growth[..., None] ** -exponents_h
     if rope.scaling == "longrope":
         if len(rope.long) != head_dim // 2:
             raise UserError(
                 f"rope.long has {len(rope.long)} divisors, but head_dim={head_dim} has "
                 f"{head_dim // 2} pairs"
             )
-        short, long = (jnp.float32(plain / np.array(x))[None] for x in (rope.short, rope.long))
-        return jnp.where(length_B[:, None] > rope.original, long, short)
+        short_h, long_h = (
+            jnp.float32(plain / np.array(x)).reshape((1,) * length.ndim + (-1,))
+            for x in (rope.short, rope.long)
+        )
+        return jnp.where(length[..., None] > rope.original, long_h, short_h)
     if rope.scaling == "linear":
         plain = plain / rope.factor
     elif rope.scaling in ("yarn", "llama3"):
@@ -143,18 +149,22 @@ def _kept_llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
 
 
 def table(
-    positions_BT: jax.Array, rope: Rope, head_dim: int, length_B: jax.Array | None = None
+    positions_BT: jax.Array, rope: Rope, head_dim: int, length_BT: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin), each [B, T, 1, H / 2] float32, times the magnitude."""
-    per_token = _frequencies(rope, head_dim, length_B)
-    per_token = per_token.reshape(-1, 1, per_token.shape[-1])  # of all rows, or of each
+    """(cos, sin), each [B, T, 1, H / 2] float32, times the magnitude.
+
+    `length_BT` is the length of each token's text, or [B, 1] where a row is one text.
+    """
+    per_token = _frequencies(rope, head_dim, length_BT)
+    if not rope.by_length:
+        per_token = per_token[None, None]  # the same for every token
     angles_BTh = _angles(positions_BT, per_token)
     cos_BTh, sin_BTh = (rope.magnitude * f(angles_BTh) for f in (jnp.cos, jnp.sin))
     return cos_BTh[:, :, None, :], sin_BTh[:, :, None, :]
 
 
 def _angles(positions_BT: jax.Array, per_token: np.ndarray | jax.Array) -> jax.Array:
-    """Radians [B, T, H / 2] in -pi .. pi; positions -2^24 .. 2^24, frequencies below 2 pi.
+    """Radians [B, T, H / 2] in -pi .. pi, for any int32 position and frequencies below 2 pi.
 
     A frequency counts to 2^-39 of a turn: at position 1,000,000 this is 1e-5 radians.
     """
@@ -165,7 +175,9 @@ def _angles(positions_BT: jax.Array, per_token: np.ndarray | jax.Array) -> jax.A
     at_BT1 = positions_BT[..., None]
     # Unsigned integers wrap around, as whole turns do.
     phase_BTh = at_BT1.astype(jnp.uint32) * whole.astype(xp.uint32)
-    phase_BTh += ((at_BT1 * rest) >> 7).astype(jnp.uint32)
+    # at * rest / 2^7 in two parts: the product itself overflows from position 2^24 on.
+    fraction_BTh = (at_BT1 >> 7) * rest + (((at_BT1 & 127) * rest) >> 7)
+    phase_BTh += fraction_BTh.astype(jnp.uint32)
     return phase_BTh.astype(jnp.int32).astype(jnp.float32) * jnp.float32(2 * math.pi / 2**32)
 
 

@@ -80,7 +80,8 @@ class Transformer(nnx.Module):
 
         Positions count inside each document; segment 0 is padding. With a cache the tokens also
         see what it holds, and must all belong to the one document that it holds. `length_B` is
-        what each row's text will have come to, for RoPE that goes by it; so far, if not given.
+        what each row's text will have come to, for RoPE that goes by the length; without it each
+        document of a row counts as far as the row holds it.
         """
         at = Where(positions_BT, segments_BT)
         hidden_BTD, new = self.read(tokens_BT, at, cache, length_B, remat)
@@ -97,15 +98,16 @@ class Transformer(nnx.Module):
         remat: Remat = "none",
     ) -> tuple[jax.Array, list[New]]:
         """`__call__` that leaves the cache alone: (hidden [B, T, D], what `write` adds to it)."""
-        config, (positions_BT, segments_BT) = self.config, at
+        config, positions_BT = self.config, at.positions_BT
         x_BTD = self._embed(tokens_BT, positions_BT)
         # A dict, not a set: its order is the same in every process, so their programs are too.
         ropes = dict.fromkeys(
             (spec.rope, config.kv_shape(spec)[1]) for spec in config.pattern if spec.rope
         )
-        if length_B is None and any(each.by_length for each, _ in ropes):
-            length_B = jnp.where(segments_BT > 0, positions_BT + 1, 0).max(axis=1)
-        tables = {each: rope.table(positions_BT, *each, length_B) for each in ropes}
+        lengths = None if length_B is None else length_B[:, None]
+        if lengths is None and any(each.by_length for each, _ in ropes):
+            lengths = document_lengths(at, self.rules)
+        tables = {each: rope.table(positions_BT, *each, lengths) for each in ropes}
         new, slot = [], 0
         for blocks, (_, layers) in zip(self.stages, config.stages, strict=True):
 
@@ -199,6 +201,27 @@ class Transformer(nnx.Module):
             logits_V = product(f"{dims},VD->{dims[:-1]}V", hidden_D, self.head(), jnp.float32)
         cap = self.config.logit_softcap
         return cap * jnp.tanh(logits_V / cap) if cap else logits_V
+
+
+def document_lengths(at: Where, rules: Rules) -> jax.Array:
+    """Returns for each token, [B, T], the length of its document up to the end of the row.
+
+    The tokens of a document may lie on several shards of `length`, in any order.
+    """
+    over = rules.axes("length")
+
+    def local(positions_BT, segments_BT):
+        # A row of T tokens has at most T documents, numbered from 1; 0 is padding.
+        B, T = segments_BT.shape
+        row_B1 = jnp.arange(B)[:, None]
+        zeros = jnp.zeros((B, T * rules.size("length") + 1), jnp.int32)
+        lengths = zeros.at[row_B1, segments_BT].max(positions_BT + 1)
+        if over:  # empty where every device has whole rows
+            lengths = jax.lax.pmax(lengths, over)
+        return lengths[row_B1, segments_BT]
+
+    tokens = rules("batch", "length")
+    return jax.shard_map(local, in_specs=(tokens, tokens), out_specs=tokens)(*at)
 
 
 def _scan(group: Callable, carry: Any, blocks: Any, layers: int) -> tuple[Any, Any]:

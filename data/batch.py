@@ -2,8 +2,9 @@
 
     row i of length T is w = stream[i*T : i*T + T + 1];  tokens = w[:-1], targets = w[1:]
 
-No token is dropped and none is padding, except at the end of the validation stream. Attention
-must stay inside a segment; positions are true even where a document began rows before.
+No token is dropped: the last row of the stream is filled up with padding. Attention must stay
+inside a segment. Positions are true even where a document began rows before; a model that has a
+learned vector for each position asks for `restart`, and its positions stay below the length.
 """
 
 import dataclasses
@@ -24,14 +25,21 @@ class Batch:
     weights: (
         np.ndarray | jax.Array
     )  # float32: 0 where the target is of another document, or padding
-    positions: np.ndarray | jax.Array  # int32, in the whole document: bos is 0
+    positions: np.ndarray | jax.Array  # int32, in the whole document or, restarted, in the row
     segments: np.ndarray | jax.Array  # int32: 1, 2, ... for the documents of a row; 0 is padding
 
 
-def cut(store: TokenStore, row: int, length: int, order: np.ndarray | None = None) -> Batch:
-    """Row `row`, five arrays [length]; past the end of the stream it is padding.
+def cut(
+    store: TokenStore,
+    row: int,
+    length: int,
+    order: np.ndarray | None = None,
+    restart: bool = False,
+) -> Batch:
+    """Returns row `row`, five arrays [length]; past the end of the stream it is padding.
 
-    With an `order` the token of place `order[i]` stands at place i, all five arrays alike.
+    With an `order` the token of place `order[i]` stands at place i, in each of the five arrays.
+    With `restart` the positions of a document that began rows before start again at 0.
     """
     start, stop = row * length, min(row * length + length, len(store))
     window = np.zeros(length + 1, np.int32)
@@ -45,6 +53,8 @@ def cut(store: TokenStore, row: int, length: int, order: np.ndarray | None = Non
         inner = store.starts[first + 1 : last]
         counts = np.diff(inner, prepend=start, append=stop)
         begins = np.repeat(store.starts[first:last], counts)
+        if restart:
+            begins = np.maximum(begins, start)
         positions[: stop - start] = np.arange(start, stop) - begins
         segments[: stop - start] = np.repeat(np.arange(1, last - first + 1), counts)
         weights[: stop - start] = 1

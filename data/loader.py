@@ -22,23 +22,39 @@ from data.store import TokenStore
 
 
 class Windows:
-    """Random access to the full rows of a store: `windows[i]` is a Batch of [length]."""
+    """Random access to the rows of a store that have a target: `windows[i]` is a Batch of [length].
 
-    def __init__(self, store: TokenStore, length: int, order: np.ndarray | None = None):
-        self.store, self.length, self.order = store, length, order
-        self._num_rows = (len(store) - 1) // length  # the last token is only ever a target
+    The last row may be shorter: it is filled up with padding.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        length: int,
+        order: np.ndarray | None = None,
+        restart: bool = False,
+    ):
+        self.store, self.length, self.order, self.restart = store, length, order, restart
+        self._num_rows = -(-(len(store) - 1) // length)  # the last token is only ever a target
         if self._num_rows < 1:
             raise UserError(
-                f"{store.directory} has {len(store):,} {store.split} tokens, but one row of "
-                f"train.length={length:,} needs {length + 1:,}: use more text or a train.length "
-                f"of at most {len(store) - 1:,}"
+                f"{store.directory} has {len(store)} {store.split} tokens, and one to train on "
+                "needs another before it: prepare more text"
             )
 
     def __len__(self) -> int:
         return self._num_rows
 
     def __getitem__(self, row: int) -> Batch:
-        return cut(self.store, row, self.length, self.order)
+        return cut(self.store, row, self.length, self.order, self.restart)
+
+    def summary(self) -> str:
+        """Returns one line: the rows of an epoch, and how much of the last one is padding."""
+        last = len(self.store) - (self._num_rows - 1) * self.length
+        padding = max(0, self.length - last)
+        rows = f"{self._num_rows:,} row{'s' * (self._num_rows != 1)} of {self.length:,}"
+        filled = f", the last with {padding:,} of padding" if padding else ""
+        return f"an epoch is {len(self.store):,} tokens in {rows}{filled}"
 
 
 def train_batches(
@@ -49,13 +65,14 @@ def train_batches(
     process_index: int | None = None,
     process_count: int | None = None,
     order: np.ndarray | None = None,
+    restart: bool = False,
 ) -> ElasticIterator:
     """Endless Batches of numpy [batch_size / process_count, length]; each epoch in a new order.
 
     `batch_size` counts the rows of all processes. Index and count are JAX's own by default.
-    `order` is that of the tokens in each row (core/layout.py).
+    `order` is that of the tokens in each row (core/layout.py), `restart` that of `batch.cut`.
     """
-    windows = Windows(store, length, order)
+    windows = Windows(store, length, order, restart)
     index, count = _process(batch_size, process_index, process_count)
     return ElasticIterator(
         row_order(len(windows), seed).map(windows.__getitem__),
@@ -95,8 +112,8 @@ class Validation(Sequence):
     """Batches that hold every token of a store once as a token, so that sums are exact.
 
     The sum of weights * nll over all batches is that of all documents: of every token but the
-    first, which is bos if the tokenizer has one.
-    The tail is padding: segment 0, weight 0. Every process has the same number of batches.
+    first, which stands for the start of a text. The tail is padding: segment 0, weight 0. Every
+    process has the same number of batches.
     """
 
     def __init__(
@@ -107,9 +124,10 @@ class Validation(Sequence):
         index: int,
         count: int,
         order: np.ndarray | None = None,
+        restart: bool = False,
     ):
         self._store, self._batch_size, self._length = store, batch_size, length
-        self._index, self._count, self._order = index, count, order
+        self._index, self._count, self._order, self._restart = index, count, order, restart
 
     def __len__(self) -> int:
         return -(-len(self._store) // (self._length * self._batch_size))
@@ -119,10 +137,26 @@ class Validation(Sequence):
             raise IndexError(i)
         start = i * self._batch_size
         rows = range(start + self._index, start + self._batch_size, self._count)
-        return stack([cut(self._store, row, self._length, self._order) for row in rows])
+        how = self._length, self._order, self._restart
+        return stack([cut(self._store, row, *how) for row in rows])
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[i] for i in range(len(self)))
+
+    def text_bytes(self, limit: int = 0) -> float:
+        """Returns the bytes of text that the first `limit` batches predict; 0 is all batches.
+
+        Where the last of them cuts a document in two, its bytes count by the share of its tokens
+        that are predicted.
+        """
+        document_bytes, starts = self._store.document_bytes(), self._store.starts
+        end = len(self._store)
+        if limit:
+            end = min(end, limit * self._batch_size * self._length)
+        # Document d has sizes - 1 targets; the input at `end` - 1 is the last that has one.
+        targets = np.diff(starts) - 1
+        predicted = np.clip(end - starts[:-1], 0, targets)
+        return float((document_bytes * (predicted / np.maximum(targets, 1))).sum())
 
 
 def validation_batches(
@@ -132,14 +166,14 @@ def validation_batches(
     process_index: int | None = None,
     process_count: int | None = None,
     order: np.ndarray | None = None,
+    restart: bool = False,
 ) -> Validation:
     """A sequence of Batches of numpy [batch_size / process_count, length], in order.
 
-    `order` is that of the tokens in each row (core/layout.py).
+    `order` is that of the tokens in each row (core/layout.py), `restart` that of `batch.cut`.
     """
-    return Validation(
-        store, batch_size, length, *_process(batch_size, process_index, process_count), order
-    )
+    process = _process(batch_size, process_index, process_count)
+    return Validation(store, batch_size, length, *process, order, restart)
 
 
 def _process(batch_size: int, index: int | None, count: int | None) -> tuple[int, int]:

@@ -99,7 +99,9 @@ def build(config: DataConfig, directory: Path, progress: Progress) -> dict[str, 
         texts = found.sample.texts()
         model = tokenizer_trained.train(texts, config.vocab_size, directory / "tokenizer")
         progress.update(task, total=1, completed=1)
-    bos = [] if model.bos is None else [model.bos]
+    # Of a text without bos the end token is what comes before, as GPT-2 was trained and lm-eval
+    # counts: else the first token would be no target, and its bytes would count all the same.
+    first = model.eos[0] if model.bos is None else model.bos
 
     task = progress.add_task("encoding", total=found.num_bytes)
     dtype = store.token_dtype(model.vocab_size)
@@ -108,7 +110,7 @@ def build(config: DataConfig, directory: Path, progress: Progress) -> dict[str, 
     for group in grouped(curate(documents(config), counts)):
         for item, ids in zip(group, model.encode_batch([t.text for t in group]), strict=True):
             split = item.split(config.validation_fraction)
-            tokens = np.concatenate([bos, ids, [model.eos[0]]])
+            tokens = np.concatenate([[first], ids, [model.eos[0]]])
             writers[split].add(item.id, tokens, item.num_bytes)
             if split == "validation":
                 packed_bytes += packed(item.text)
@@ -126,6 +128,7 @@ def build(config: DataConfig, directory: Path, progress: Progress) -> dict[str, 
         documents=tally(counts),
         tokenizer=model.fingerprint,
         vocab_size=model.vocab_size,
+        first_token=first,
         dtype=dtype.name,
         bytes_per_token=_total(splits, "bytes") / _total(splits, "tokens"),
         gzip_bits_per_byte=8 * packed_bytes / splits["validation"]["bytes"],

@@ -2,11 +2,13 @@
 
     manifest.json        totals, tokenizer, sha256 of every file below
     train-00000.bin      uint16 or uint32 tokens, documents one after the other
-    train-00000.idx      uint64 for each document: the token where it ends, counted in the shard
+    train-00000.idx      two uint64 for each document: the token where it ends, counted in the
+                         shard, and the bytes of its text
     train-00000.names    one JSON string for each document: where it came from
 
-`TokenStore` reads a split as one long array, `Writer` makes it. A document is text between bos
-(if the tokenizer has one) and eos.
+`TokenStore` reads a split as one long array, `Writer` makes it. A document is text between a first
+token, which no model has to predict, and the end token. The first token is bos, or the end token
+where the tokenizer has no bos: so every token of the text has one before it.
 """
 
 import hashlib
@@ -19,8 +21,9 @@ import numpy as np
 
 from core.config import UserError
 
-FORMAT = 1
+FORMAT = 2  # 1 had no bytes of each document, and no first token where there is no bos
 MANIFEST = "manifest.json"
+AGAIN = "run python -m data.prepare --config=... again"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -37,26 +40,27 @@ class Writer:
         self._directory, self._split = Path(directory), split
         self._dtype, self._shard_tokens = dtype, shard_tokens
         self._shards = []
-        self._num_bytes = 0
+        self._num_bytes = 0  # of all shards
         self._begin()
 
     def _begin(self) -> None:
         self._path = self._directory / f"{self._split}-{len(self._shards):05d}.bin"
-        self._ends, self._names, self._num_tokens = [], [], 0
+        self._index, self._names, self._num_tokens = [], [], 0
         self._hash, self._file = hashlib.sha256(), None
 
     def add(self, name: str, tokens: np.ndarray, num_bytes: int) -> None:
-        """Appends a document: `tokens` with its bos and eos, `num_bytes` of text."""
+        """Appends a document: `tokens` with its first and its end token, `num_bytes` of text."""
         if self._num_tokens and self._num_tokens + len(tokens) > self._shard_tokens:
             self._finish_shard()
         if self._file is None:
             self._file = open(partial(self._path), "wb")  # noqa: SIM115, closed with the shard
+        assert tokens.min() >= 0 and tokens.max() <= np.iinfo(self._dtype).max, name
         content = tokens.astype(self._dtype).tobytes()
         self._file.write(content)
         self._hash.update(content)
         self._num_tokens += len(tokens)
         self._num_bytes += num_bytes
-        self._ends.append(self._num_tokens)
+        self._index.append((self._num_tokens, num_bytes))
         self._names.append(json.dumps(name) + "\n")
 
     def close(self) -> dict[str, Any]:
@@ -75,10 +79,10 @@ class Writer:
         partial(self._path).replace(self._path)
         hashes = {"bin": self._hash.hexdigest()}
         names = "".join(self._names).encode()
-        for suffix, content in (("idx", np.array(self._ends, "<u8").tobytes()), ("names", names)):
+        for suffix, content in (("idx", np.array(self._index, "<u8").tobytes()), ("names", names)):
             write_file(self._path.with_suffix(f".{suffix}"), content)
             hashes[suffix] = hashlib.sha256(content).hexdigest()
-        sizes = dict(documents=len(self._ends), tokens=self._num_tokens)
+        sizes = dict(documents=len(self._index), tokens=self._num_tokens)
         self._shards.append(dict(name=self._path.stem, **sizes, sha256=hashes))
         self._begin()
 
@@ -112,7 +116,10 @@ def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: {remedy.replace('first', 'again')}") from None
     if version != FORMAT:
-        raise UserError(f"{path} has format {version}, but this code reads {FORMAT}: {remedy}")
+        raise UserError(
+            f"{path} has format {version}, but this code reads {FORMAT}: "
+            f"{remedy.replace('first', 'again')}"
+        )
     return manifest
 
 
@@ -134,8 +141,8 @@ class TokenStore:
         self._check_sizes()
         self._bins = [np.memmap(self._path(s, "bin"), self._dtype, "r") for s in self._shards]
         self._edges = np.cumsum([0] + [shard["tokens"] for shard in self._shards])
-        ends = [np.fromfile(self._path(shard, "idx"), "<u8") for shard in self._shards]
-        parts = [e.astype(np.int64) + edge for e, edge in zip(ends, self._edges, strict=False)]
+        ends = [self._index(shard)[:, 0] for shard in self._shards]
+        parts = [e + edge for e, edge in zip(ends, self._edges, strict=False)]
         self.starts = np.concatenate([[0], *parts])
 
     def _path(self, shard: dict[str, Any], suffix: str) -> Path:
@@ -143,16 +150,28 @@ class TokenStore:
 
     def _check_sizes(self) -> None:
         for shard in self._shards:
-            sizes = {"bin": shard["tokens"] * self._dtype.itemsize, "idx": shard["documents"] * 8}
+            sizes = {"bin": shard["tokens"] * self._dtype.itemsize, "idx": shard["documents"] * 16}
             for suffix, expected in sizes.items():
                 path = self._path(shard, suffix)
                 size = path.stat().st_size if path.is_file() else None
                 if size != expected:
                     found = "is missing" if size is None else f"has {size:,} bytes"
                     raise UserError(
-                        f"{path} {found}, but its manifest says {expected:,} bytes: "
-                        "run python -m data.prepare --config=... again"
+                        f"{path} {found}, but its manifest says {expected:,} bytes: {AGAIN}"
                     )
+
+    def _index(self, shard: dict[str, Any]) -> np.ndarray:
+        """int64 [D, 2] of a shard: where each document ends, and the bytes of its text."""
+        path = self._path(shard, "idx")
+        index = np.fromfile(path, "<u8").astype(np.int64).reshape(-1, 2)
+        sizes = np.diff(index[:, 0], prepend=0)
+        # Positions count in a document, as int32.
+        if (sizes <= 0).any() or sizes.sum() != shard["tokens"] or sizes.max() >= 2**31:
+            raise UserError(
+                f"{path} does not cut the {shard['tokens']:,} tokens of its shard into documents "
+                f"of up to 2^31: {AGAIN}"
+            )
+        return index
 
     def verify(self) -> None:
         """Reads every file and compares its sha256; UserError names the first that differs."""
@@ -164,7 +183,7 @@ class TokenStore:
                 if found != expected:
                     raise UserError(
                         f"{path} was changed: its sha256 is {found[:16]}..., the manifest says "
-                        f"{expected[:16]}...; run python -m data.prepare --config=... again"
+                        f"{expected[:16]}...; {AGAIN}"
                     )
 
     def digest(self) -> str:
@@ -179,7 +198,11 @@ class TokenStore:
         return int(self._edges[-1])
 
     def __getitem__(self, span: slice) -> np.ndarray:
-        """The tokens of `span` (step 1), as they are stored: uint16 or uint32."""
+        """The tokens of `span` (step 1), as they are stored: uint16 or uint32.
+
+        UserError on one that is not in the vocabulary: an embedding has no row for it, and JAX
+        would take the last one.
+        """
         start, stop, step = span.indices(len(self))
         assert step == 1, span
         first, last = np.searchsorted(self._edges, [start, stop], "right") - 1
@@ -187,11 +210,22 @@ class TokenStore:
             self._bins[i][max(0, start - self._edges[i]) : max(0, stop - self._edges[i])]
             for i in range(first, min(last + 1, len(self._bins)))
         ]
-        return np.concatenate(parts) if parts else np.zeros(0, self._dtype)
+        tokens = np.concatenate(parts) if parts else np.zeros(0, self._dtype)
+        if tokens.size and tokens.max() >= self.vocab_size:
+            raise UserError(
+                f"{self.directory}: the {self.split} tokens {start:,} to {stop:,} hold "
+                f"{tokens.max()}, but manifest.json says vocab_size={self.vocab_size}: {AGAIN}"
+            )
+        return tokens
 
     @property
     def num_documents(self) -> int:
         return len(self.starts) - 1
+
+    def document_bytes(self) -> np.ndarray:
+        """int64 [D], bytes of each document's text; read from disk at each call."""
+        parts = [self._index(shard)[:, 1] for shard in self._shards]
+        return np.concatenate([np.zeros(0, np.int64), *parts])
 
     def names(self) -> list[str]:
         """Where each document came from; read from disk at each call."""

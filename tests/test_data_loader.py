@@ -32,7 +32,7 @@ def tokens(tmp_path_factory):
     return make(tmp_path_factory.mktemp("store"), sizes)
 
 
-def slow_row(tokens, row, length):
+def slow_row(tokens, row, length, restart):
     """What a row must be, one token at a time."""
     flat, ends = tokens[:].tolist(), tokens.starts[1:].tolist()
     document = [sum(end <= i for end in ends) for i in range(len(flat))]
@@ -44,18 +44,31 @@ def slow_row(tokens, row, length):
         rows["targets"].append(flat[i + 1] if follows else 0)
         rows["weights"].append(float(follows and document[i] == document[i + 1]))
         start = tokens.starts[document[i]] if real else i
+        start = max(start, row * length) if restart else start
         rows["positions"].append(i - start)
         rows["segments"].append(document[i] - first + 1 if real else 0)
     return rows
 
 
+@pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 3, 8, 30, 200, 241, 242, 500])
-def test_rows_equal_the_slow_restatement(tokens, length):
+def test_rows_equal_the_slow_restatement(tokens, length, restart):
     assert len(tokens) == 241
     for row in range(-(-len(tokens) // length) + 2):
-        found, expected = batch.cut(tokens, row, length), slow_row(tokens, row, length)
+        found = batch.cut(tokens, row, length, restart=restart)
+        expected = slow_row(tokens, row, length, restart)
         for name in FIELDS:
             np.testing.assert_array_equal(getattr(found, name), expected[name], err_msg=name)
+        assert not restart or found.positions.max() < length
+
+
+def test_learned_positions_stay_within_their_table(tokens):
+    """Documents of 60 tokens, rows of 8: in training, and where the loss is told."""
+    for batches in (loader.train_batches, loader.validation_batches):
+        how = (tokens, 4, 8) + (0,) * (batches is loader.train_batches)
+        for restart, most in ((False, 59), (True, 7)):
+            found = take(batches(*how, restart=restart), 8)
+            assert max(b.positions.max() for b in found) == most
 
 
 def test_a_row_reads_as_its_documents(tmp_path):
@@ -178,12 +191,30 @@ def test_the_documents_of_a_batch_can_be_named(tokens):
             assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
-def test_too_little_text_for_a_row_says_both_numbers(tmp_path):
+@pytest.mark.parametrize(("length", "rows"), [(512, 1), (241, 1), (240, 1), (239, 2), (7, 35)])
+def test_an_epoch_trains_on_every_token(tokens, length, rows):
+    """The tail too: its row is filled up with padding, which has no weight."""
+    batches = loader.train_batches(tokens, 1, length, seed=0)
+    for _ in range(2):
+        epoch = take(batches, rows)
+        counted = np.concatenate([b.targets[b.weights > 0] for b in epoch])
+        is_first = np.isin(np.arange(len(tokens)), tokens.starts)
+        assert sorted(counted) == sorted(tokens[:][~is_first])
+        assert sum((b.segments > 0).sum() for b in epoch) in (240, 241)
+    padding = max(0, rows * length - 241)
+    told = loader.Windows(tokens, length).summary()
+    assert told.startswith(f"an epoch is 241 tokens in {rows} row")
+    assert (f"{padding} of padding" in told) == (padding > 0)
+
+
+def test_too_little_text_and_rows_that_do_not_divide(tmp_path):
+    writer = store.Writer(tmp_path, "train", np.dtype("<u2"), 40)
+    store.write_manifest(
+        tmp_path, dict(vocab_size=300, dtype="uint16", splits={"train": writer.close()})
+    )
+    with pytest.raises(UserError, match="has 0 train tokens, .* prepare more text"):
+        loader.train_batches(store.TokenStore(tmp_path, "train"), 1, 11, seed=0)
     tokens = make(tmp_path, [9, 2])
-    message = r"11 train tokens.*train.length=11 needs 12.*at most 10"
-    with pytest.raises(UserError, match=message):
-        loader.train_batches(tokens, 1, 11, seed=0)
-    assert next(loader.train_batches(tokens, 2, 10, seed=0)).tokens.shape == (2, 10)
     with pytest.raises(UserError, match="batch_size=3 does not divide into 2 processes"):
         loader.train_batches(tokens, 3, 4, 0, 0, 2)
     with pytest.raises(UserError, match="batch_size=3 does not divide into 2 processes"):

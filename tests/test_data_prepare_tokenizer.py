@@ -30,17 +30,19 @@ def run(tmp_path, folder, **fields):
     return store.TokenStore(tmp_path / "run/data", "train")
 
 
-@pytest.mark.parametrize(("made", "bos"), [(LLAMA3, [300]), (GPT2, [])])
-def test_documents_begin_and_end_as_the_tokenizer_says(tmp_path, folder, made, bos):
+@pytest.mark.parametrize(("made", "first"), [(LLAMA3, 300), (GPT2, 301)])
+def test_documents_begin_and_end_as_the_tokenizer_says(tmp_path, folder, made, first):
+    """Without bos the end token comes first: so the first token of the text is predicted too."""
     source = cases.byte_level(tmp_path / "hf", **made)
     tokens = run(tmp_path, folder, tokenizer=str(source))
     model = tokenizer.load(tmp_path / "run/data/tokenizer")
     given = tokenizer.load(source)
     assert tokens.manifest["tokenizer"] == model.fingerprint == given.fingerprint
     assert tokens.vocab_size == 304 and model.eos == given.eos
+    assert tokens.manifest["first_token"] == first
     for name, start, stop in zip(tokens.names(), tokens.starts, tokens.starts[1:], strict=False):
         text = Path(name).read_text()
-        assert tokens[start:stop].tolist() == [*bos, *given.encode(text), 301]
+        assert tokens[start:stop].tolist() == [first, *given.encode(text), 301]
 
 
 def test_a_bundles_own_is_used_again(tmp_path, folder):

@@ -39,6 +39,7 @@ def test_any_span_equals_the_concatenation(tmp_path, documents):
             np.testing.assert_array_equal(tokens[start:stop], flat[start:stop])
     np.testing.assert_array_equal(tokens[:], flat)
     assert tokens.names() == [f"doc \u00e9 {i}" for i in range(len(documents))]
+    assert tokens.document_bytes().tolist() == [3 * len(d) for d in documents]
     tokens.verify()
 
 
@@ -86,9 +87,12 @@ def test_errors_of_the_user(tmp_path, documents):
         store.TokenStore(tmp_path, "test")
     path = tmp_path / store.MANIFEST
     manifest = json.loads(path.read_text())
-    path.write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(UserError, match="has format 99, but this code reads 1"):
-        store.TokenStore(tmp_path, "train")
+    for other in (1, 99):
+        path.write_text(json.dumps(manifest | {"format": other}))
+        with pytest.raises(
+            UserError, match=f"has format {other}, but this code reads 2: run .*ain"
+        ):
+            store.TokenStore(tmp_path, "train")
     path.write_text(path.read_text()[:40])
     with pytest.raises(UserError, match="manifest.json is damaged"):
         store.TokenStore(tmp_path, "train")
@@ -101,3 +105,19 @@ def test_an_unfinished_shard_has_no_name(tmp_path):
     writer.close()
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["train-00000.bin", "train-00000.idx", "train-00000.names"]
+
+
+def test_tokens_and_documents_that_cannot_be_are_refused_by_name(tmp_path, documents):
+    """No embedding has a row for such a token, and JAX would take the last one."""
+    tokens = make(tmp_path, documents)
+    path = tmp_path / "train-00001.bin"
+    path.write_bytes(b"\xff\xff" + path.read_bytes()[2:])
+    assert len(tokens[:14]) == 14
+    with pytest.raises(UserError, match=r"train tokens 10 to 20 hold 65535.*vocab_size=300: run"):
+        tokens[10:20]
+    path = tmp_path / "train-00002.idx"
+    good = path.read_bytes()
+    for end in (0, 49, 2**40):
+        path.write_bytes(np.array([end], "<u8").tobytes() + good[8:])
+        with pytest.raises(UserError, match="train-00002.idx does not cut the 50 tokens"):
+            store.TokenStore(tmp_path, "train")

@@ -27,12 +27,12 @@ def documents(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("store"), [LENGTH] * NUM_DOCUMENTS)
 
 
-def make_store(directory, sizes):
+def make_store(directory, sizes, num_bytes=(NUM_BYTES,)):
     draw = np.random.default_rng(0)
     writer = store.Writer(directory, "validation", np.dtype("<u2"), 10**6)
     for number, size in enumerate(sizes):
         tokens = np.concatenate([[1], draw.integers(5, 300, size - 2), [2]])
-        writer.add(f"document {number}", tokens, NUM_BYTES)
+        writer.add(f"document {number}", tokens, num_bytes[number % len(num_bytes)])
     splits = {"validation": writer.close()}
     store.write_manifest(directory, dict(vocab_size=300, dtype="uint16", splits=splits))
     return store.TokenStore(directory, "validation")
@@ -74,8 +74,8 @@ def run(documents, sizes, limit=0):
     config = dataclasses.replace(TRAIN, length=LENGTH)
     with jax.set_mesh(make_mesh(sizes)):
         batches = validation_batches(documents, config.batch_size, LENGTH)
-        split = documents.manifest["splits"]["validation"]
-        return evaluate(create(), batches, Feed(config, sharding.training()), split, limit)
+        text_bytes = batches.text_bytes(limit)
+        return evaluate(create(), batches, Feed(config, sharding.training()), text_bytes, limit)
 
 
 @pytest.mark.parametrize("sizes", MESHES)
@@ -86,11 +86,23 @@ def test_bits_per_byte_are_those_of_the_text(documents, expected, sizes):
     assert found["eval_loss"] == pytest.approx(expected.mean() * np.log(2), rel=1e-5)
 
 
-def test_limit_is_an_estimate_from_the_first_batches(documents, expected):
-    """Eight documents of one batch; the bytes are those of the average token."""
+def test_a_limit_counts_the_bytes_of_the_same_documents(documents, expected):
     found = run(documents, (1, 1, 1), limit=1)
     assert found["bits_per_byte"] == pytest.approx(expected[:8].sum() / (8 * NUM_BYTES), rel=1e-5)
     assert found["eval_loss"] == pytest.approx(expected[:8].mean() * np.log(2), rel=1e-5)
+
+
+def test_bytes_of_the_first_batches_are_those_of_their_tokens(tmp_path):
+    """A batch ends within a document: its bytes count by the share of its targets."""
+    documents = make_store(tmp_path, [10, 5, 21, 5], num_bytes=(100, 7, 60, 1000))
+    batches = validation_batches(documents, 1, LENGTH)
+    assert [batches.text_bytes(limit) for limit in (1, 2, 3, 0, 9)] == [
+        107 + 60 * 1 / 20,
+        107 + 60 * 17 / 20,
+        1167,
+        1167,
+        1167,
+    ]
 
 
 @pytest.mark.parametrize("sizes", [[16] * 13, [40, 3, 2, 17, 90, 2, 128, 5]])

@@ -144,7 +144,6 @@ MISTAKES = {
         dict(learned_positions=True, context=16),
         ["train.length=32", "model.context=16"],
     ),
-    "long rows": (dict(length=65536), {}, {}, ["train.length=65,536", "65,537", "5,79"]),
 }
 
 

@@ -57,9 +57,9 @@ def test_it_evaluates_as_the_bundle_does(tmp_path, prepared, finished):
         config = described.train
         validation = TokenStore(store.directory, "validation")
         batches = validation_batches(validation, config.batch_size, config.length)
-        split = validation.manifest["splits"]["validation"]
         feed = Feed(config, found.rules)
-        row = evaluate(found.state.model, batches, feed, split, config.eval_batches)
+        text_bytes = batches.text_bytes(config.eval_batches)
+        row = evaluate(found.state.model, batches, feed, text_bytes, config.eval_batches)
         assert row["eval_loss"] == rows(finished, "eval_loss")[12]
         assert found.state.step == 0 and found.data is None
         moments = tree.named_leaves(found.state.opt_state)

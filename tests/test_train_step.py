@@ -119,12 +119,17 @@ def test_bfloat16_compute(plain):
 
 
 def test_frozen_parameters_stay(one_device):
-    config = dataclasses.replace(STEADY, freeze=("embedding_VD",))
+    """Nor do they count in `grad_norm`: it is the norm of what Adam is given."""
+    config = dataclasses.replace(STEADY, freeze=("embedding_VD",), clip=0.0)
     current, train_step, rules = train_cases.begin(config)
     before = {n: np.asarray(x) for n, x in tree.named_leaves(current.model).items()}
-    current, _ = train_step(current, train_cases.batch(rules))
+    current, metrics = train_step(current, train_cases.batch(rules))
     for name, leaf in tree.named_leaves(current.model).items():
         assert np.array_equal(before[name], leaf) == (name == "embedding_VD"), name
+    state = tree.named_leaves(current.opt_state)
+    means = [np.asarray(leaf) / (1 - config.beta1) for name, leaf in state.items() if ".mu" in name]
+    norm = np.sqrt(sum(np.square(mean, dtype=np.float64).sum() for mean in means))
+    assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
 
 
 def test_eval_step_is_the_loss_before_the_step(plain):
@@ -242,17 +247,26 @@ def test_seed_changes_weights_and_data(one_device, prepared):
     assert (first.tokens != second.tokens).any()
 
 
-def loop(workdir, monkeypatch, **fields):
-    """What a run does from outside: the rows it logs, evaluates and saves; no real training."""
-    evaluated = []
+def loop(workdir, monkeypatch, seen=None, **fields):
+    """What a run does from outside: the rows it logs, evaluates and saves; no real training.
+
+    `seen` gets the highest position of each batch.
+    """
+    evaluated, seen = [], [] if seen is None else seen
 
     def fake_step(config, rule, rules):
-        names = ("loss", "grad_norm", "learning_rate", "tokens")
+        names = ("loss", "grad_norm", "learning_rate", "tokens", "tokens_read")
         metrics = {name: jnp.float32(1) for name in names}
-        return lambda current, batch: (current, metrics)
 
-    def fake_evaluate(model, batches, feed, split, limit):
+        def step(current, batch):
+            seen.append(int(batch.positions.max()))
+            return current, metrics
+
+        return step
+
+    def fake_evaluate(model, batches, feed, text_bytes, limit):
         evaluated.append(limit)
+        seen.extend(int(batch.positions.max()) for batch in batches)
         return {"eval_loss": 1.0, "bits_per_byte": 1.0}
 
     monkeypatch.setattr(pretrain, "make_train_step", fake_step)
@@ -277,6 +291,15 @@ def test_fields_of_the_loop(tmp_path, monkeypatch, prepared):
     assert run("save", save_every=LOOP["save_every"]) == (every, [12], {3}, [6, 12])
     assert run("end", save_every=0) == (every, [12], {3}, [12])
     assert run("keep", keep=LOOP["keep"]) == (every, [12], {3}, [12])
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_learned_positions_are_of_the_table(tmp_path, monkeypatch, prepared, learned):
+    """Texts are longer than a row of 32: JAX would take the last of 32 vectors beyond it."""
+    workdir, seen = train_cases.copy(prepared, tmp_path / "run"), []
+    model = dict(learned_positions=learned, context=32)
+    loop(workdir, monkeypatch, seen, model=model)
+    assert len(seen) > 12 and (max(seen) == 31) == learned
 
 
 def test_overwrite_starts_again(tmp_path, monkeypatch, prepared):

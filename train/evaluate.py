@@ -2,26 +2,24 @@
 
 import itertools
 import math
-from typing import Any
+from collections.abc import Iterable
 
-from data.loader import Validation
+from data.batch import Batch
 from model.transformer import Transformer
 from train.feed import Feed
 from train.step import eval_step
 
 
 def evaluate(
-    model: Transformer, batches: Validation, feed: Feed, split: dict[str, Any], limit: int = 0
+    model: Transformer, batches: Iterable[Batch], feed: Feed, text_bytes: float, limit: int = 0
 ) -> dict[str, float]:
-    """eval_loss (nats a token) and bits_per_byte, over all batches or the first `limit`.
+    """Returns eval_loss (nats a token) and bits_per_byte, over all batches or the first `limit`.
 
-    `split` is the manifest's entry: its text bytes, and its tokens without the documents' bos.
-    Bits per byte count everything needed to tell the text: each token and the document's end.
-    Under a limit the bytes are those of the average token.
+    Bits per byte count everything needed to tell the text, each token and the document's end,
+    over `text_bytes`, which are those of the same batches (`Validation.text_bytes`).
     """
     nll = tokens = 0.0
     for batch in itertools.islice(batches, limit or None):
         batch_nll, batch_tokens = eval_step(model, feed(batch))
         nll, tokens = nll + float(batch_nll), tokens + float(batch_tokens)
-    text_bytes = split["bytes"] * tokens / (split["tokens"] - split["documents"])
     return {"eval_loss": nll / tokens, "bits_per_byte": nll / math.log(2) / text_bytes}

@@ -19,9 +19,8 @@ def make(config: TrainConfig, names: Iterable[str]) -> optax.GradientTransformat
     decay = optax.add_decayed_weights(config.weight_decay)
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     labels = groups(config, names)
-    moving = {name: label != "freeze" for name, label in labels.items()}
     return optax.chain(
-        optax.masked(clip, moving),  # the norm of what moves
+        optax.masked(clip, trained(labels)),
         optax.partition(
             {
                 "decay": optax.chain(adam, decay, rate),
@@ -31,6 +30,11 @@ def make(config: TrainConfig, names: Iterable[str]) -> optax.GradientTransformat
             labels,
         ),
     )
+
+
+def trained(labels: dict[str, str]) -> dict[str, bool]:
+    """Returns which parameters of `groups` move: the norm of the gradient is that of theirs."""
+    return {name: label != "freeze" for name, label in labels.items()}
 
 
 def schedule(config: TrainConfig) -> optax.Schedule:

@@ -22,7 +22,13 @@ from core.metrics import MetricsWriter
 from core.sharding import MeshConfig, make_mesh
 from data.batch import Batch
 from data.config import DataConfig
-from data.loader import documents_of, rows_before, train_batches, validation_batches
+from data.loader import (
+    Windows,
+    documents_of,
+    rows_before,
+    train_batches,
+    validation_batches,
+)
 from data.store import TokenStore, read_manifest
 from model.config import ModelConfig
 from model.flops import training_flops_per_token
@@ -84,25 +90,25 @@ class Loop:
         config = self.config = experiment.train
         self.run, self.state, self.store, self.stop = begun, begun.state, train, stop
         self.feed = Feed(config, begun.rules)
-        shard = (self.feed.index, self.feed.count)
         order = layout.order(begun.rules.layout, config.length, begun.rules.ring_size())
-        self.batches = train_batches(
-            train, config.batch_size, config.length, config.seed, *shard, order
-        )
+        # A position of the whole document may be beyond the table: JAX would take its last row.
+        how = self.feed.index, self.feed.count, order, experiment.model.learned_positions
+        self.batches = train_batches(train, config.batch_size, config.length, config.seed, *how)
         if begun.data is not None:
             self.batches.set_state(begun.data)
-        self.validation = validation_batches(val, config.batch_size, config.length, *shard, order)
+        self.validation = validation_batches(val, config.batch_size, config.length, *how)
         self.manifest = val.manifest
         self.train_step = make_train_step(config, begun.optimizer, begun.rules)
         self.first = int(self.state.step)
         self.metrics = MetricsWriter(begun.bundle.path, self.first, begun.evaluation_owed)
         self.progress = TrainProgress(config.steps, self.first)
         self.progress.say(self._title(experiment))
+        self.progress.say(Windows(train, config.length).summary())
         self._flops = {
             name: training_flops_per_token(experiment.model, config.length, convention)
             for name, convention in (("mfu", "seen"), ("mfu_dense", "dense"))
         }
-        self._clock, self._clock_step = time.perf_counter(), self.first
+        self._clock, self._tokens = time.perf_counter(), 0.0
 
     def train(self) -> None:
         """Runs to the last step, or until a signal asks to stop; saves at the end of either."""
@@ -133,7 +139,7 @@ class Loop:
                 last = step == config.steps or bool(stopping)
                 self.save(step, data, evaluates and not evaluated, wait=last)
             if saves or evaluates:
-                self._clock, self._clock_step = time.perf_counter(), step
+                self._clock, self._tokens = time.perf_counter(), 0.0
             if stopping:
                 self.progress.say(f"{stopping}: saved step {step}; run the same command to go on")
                 return
@@ -146,12 +152,11 @@ class Loop:
         if not all(map(math.isfinite, values.values())):
             self.fail(step, data, values)
         self.progress.step(step, values["loss"])
+        self._tokens += values["tokens_read"]
         if step % self.config.log_every and step != self.config.steps:
             return
-        seconds = time.perf_counter() - self._clock
-        tokens = (step - self._clock_step) * self.config.batch_size * self.config.length
-        rate = tokens / seconds if tokens else None
-        self._clock, self._clock_step = time.perf_counter(), step
+        rate = self._tokens / (time.perf_counter() - self._clock)
+        self._clock, self._tokens = time.perf_counter(), 0.0
         peak = hardware.peak_flops(jax.devices()[0])
         used = {
             name: flops * rate / (peak * jax.device_count()) if peak and rate else None
@@ -172,17 +177,20 @@ class Loop:
 
         Returns whether it came to its end: a signal cuts it off, since what sent it may not wait.
         """
-        split = self.manifest["splits"]["validation"]
         limit = self.config.eval_batches
+        text_bytes = self.validation.text_bytes(limit)
         try:
-            row = evaluate(self.state.model, self._until_stopped(), self.feed, split, limit)
+            row = evaluate(self.state.model, self._until_stopped(), self.feed, text_bytes, limit)
         except Stopped:
             return False
         gzip = self.manifest["gzip_bits_per_byte"]
         self.metrics.write(step, {**row, "gzip_bits_per_byte": gzip})
+        whole = not 0 < limit < len(self.validation)
+        part = "" if whole else f" in the first {limit} of {len(self.validation)} batches"
         self.progress.say(
             f"step {step}: validation loss {row['eval_loss']:.3f} nats a token = "
-            f"{row['bits_per_byte']:.3f} bits per byte | gzip -9 of the same documents {gzip:.3f}"
+            f"{row['bits_per_byte']:.3f} bits per byte{part} | gzip -9 of "
+            f"{'the same' if whole else 'all'} documents {gzip:.3f}"
         )
         return True
 

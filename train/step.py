@@ -12,7 +12,7 @@ from data.batch import Batch
 from model.transformer import Remat, Transformer
 from train.config import TrainConfig
 from train.loss import next_token_loss
-from train.optimizer import schedule
+from train.optimizer import groups, schedule, trained
 from train.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -57,12 +57,15 @@ def make_train_step(
             (nll, grads), _ = jax.lax.scan(add, zeros, _microbatches(batch, config, rules))
         parameters, grads = tree.named_leaves(state.model), tree.named_leaves(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, parameters)
+        moves = trained(groups(config, parameters))
         model = tree.with_leaves(state.model, optax.apply_updates(parameters, updates))
         metrics = {
             "loss": nll,
-            "grad_norm": optax.global_norm(grads),
+            # The norm that clipping bounds: frozen parameters take no part in either.
+            "grad_norm": optax.global_norm({name: g for name, g in grads.items() if moves[name]}),
             "learning_rate": rate(state.step),
             "tokens": num_tokens,
+            "tokens_read": (batch.segments > 0).sum(),
         }
         return TrainState(state.step + 1, model, opt_state), metrics
 

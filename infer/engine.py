@@ -194,9 +194,20 @@ class Engine:
         tokens_BT = np.zeros((B, end), np.int32)
         for b, row in enumerate(rows):
             tokens_BT[b, : len(row)] = row
+        self._check(tokens_BT, length_B.max(initial=0))
         lengths = self.place(length_B)
         for start in range(first, end, chunk):
             yield self.place(tokens_BT[:, start : start + chunk]), jnp.int32(start), lengths
+
+    def _check(self, tokens_BT: np.ndarray, longest: int) -> None:
+        """Asserts what commands refuse by name: JAX would take the last row of a table, and the
+        cache would write over its first tokens.
+        """
+        config = self.model.config
+        assert tokens_BT.min(initial=0) >= 0, tokens_BT.min()
+        assert tokens_BT.max(initial=0) < config.vocab_size, tokens_BT.max()
+        assert longest <= self.plan.length, (longest, self.plan)
+        assert longest <= config.context or not config.learned_positions, longest
 
     def start(
         self,
@@ -215,6 +226,8 @@ class Engine:
         length_B, sample_B = np.zeros(B, np.int32), np.zeros(B, np.int32)
         length_B[: len(prompts)] = [len(prompt) for prompt in prompts]
         sample_B[: len(prompts)] = samples
+        ends_B = (length_B + packed.max_tokens_B.astype(np.int64))[: len(prompts)]
+        self._check(np.zeros(0, np.int32), ends_B.max(initial=0))
         done_B = packed.max_tokens_B == 0
         packed = jax.tree.map(self.place, packed)
         keys_B = self._run("keys", packed.seed_B, self.place(sample_B))

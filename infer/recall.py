@@ -47,6 +47,7 @@ def main(experiment: Experiment) -> list[dict[str, Any]]:
     found = load.find(config.checkpoint or experiment.workdir, config.step, config.dtype)
     if found.tokenizer is None:
         raise UserError(f"{found.path} has no tokenizer: recall asks in words")
+    found.config.check_length("recall.lengths", max(config.lengths))
     path = config.output or Path(experiment.workdir) / "recall.json"
     file = File(path, "recall.output", is_json(*KEYS), found.files("recall.checkpoint"))
     mesh, done = experiment.mesh, []

@@ -1,5 +1,6 @@
 """Recall through the cache: greedy answers of one whole forward pass, and RoPE extended by hand."""
 
+import dataclasses
 import json
 
 import infer_cases as cases
@@ -111,7 +112,9 @@ def test_extended_ropes():
 
 
 def test_the_command(vocabulary, tmp_path, monkeypatch, capsys):
-    """A bundle in, recall.json and a table out; a vocabulary of other words is refused."""
+    """A bundle in, recall.json and a table out. Refused: a vocabulary of other words, and texts
+    longer than the table of a model that learned its positions.
+    """
     monkeypatch.setattr(recall, "make_mesh", lambda _: make_mesh((1, 1, 1)))
     with jax.set_mesh(make_mesh((1, 1, 1))):
         cases.save(tmp_path, model_config())
@@ -136,6 +139,12 @@ def test_the_command(vocabulary, tmp_path, monkeypatch, capsys):
     rows = recall.main(experiment)
     assert [(len(one["rows"]), one["complete"]) for one in kept] == [(1, False), (2, True)]
     assert [(row["rope"], row["length"]) for row in rows] == [("none", 160), ("yarn", 160)]
+    learned = dataclasses.replace(model_config(), context=128, learned_positions=True)
+    told = recall.load.find(tmp_path)._replace(config=learned)
+    with monkeypatch.context() as patched:
+        patched.setattr(recall.load, "find", lambda *_: told)
+        with pytest.raises(UserError, match="recall.lengths=160 is more than model.context=128"):
+            recall.main(experiment)
     written = json.loads((tmp_path / "recall.json").read_text())
     assert written["rows"] == rows and written["bundle"] == f"{tmp_path} step {cases.STEP}"
     assert "| yarn |" in capsys.readouterr().out

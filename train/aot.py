@@ -39,6 +39,7 @@ def main(experiment: Experiment) -> Report:
     other = [("aot.output", config.output)]
     program = File(config.text, "aot.text", begins_with("HloModule"), other)
     devices = aot.slice_devices(config.topology)
+    experiment.model.check_length("train.length", experiment.train.length)
     with jax.set_mesh(make_mesh(experiment.mesh, devices)):
         one_document = np.ones((1, experiment.train.length), np.int32)
         rules = choose_rules(experiment, lambda: one_document)

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -110,31 +110,49 @@ def _of_files(globs: Sequence[str], tokenizer: Tokenizer | None) -> tuple[np.nda
     return np.concatenate([text.tokens for text in texts]), starts
 
 
-def spans(material: Material, count: int, length: int) -> list[np.ndarray]:
-    """At most `count` texts of `length` tokens, each from the start of a document, far apart.
+class Span(NamedTuple):
+    """A text to tell the loss on."""
 
-    Documents that follow fill up what a shorter one leaves.
+    tokens: np.ndarray  # int32 [T]
+    begins: np.ndarray  # bool [T]: the first token of a document
+
+
+def spans(material: Material, count: int, length: int) -> list[Span]:
+    """Returns at most `count` texts of `length` tokens, each from the start of a document.
+
+    The texts begin far apart. Documents that follow fill up what a shorter one leaves.
     """
     if length < 2:  # a single token has no loss
         return []
     ends = material.starts + length
     starts = material.starts[ends <= len(material.tokens)]
     picked = np.unique(np.linspace(0, len(starts) - 1, min(count, len(starts))).astype(int))
-    return [material.tokens[s : s + length].astype(np.int32) for s in starts[picked]]
+    return [
+        Span(
+            material.tokens[first : first + length].astype(np.int32),
+            np.isin(np.arange(first, first + length), material.starts),
+        )
+        for first in starts[picked]
+    ]
 
 
-def by_position(score: Score, rows: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-    """Mean loss in nats of the tokens at positions `first` to `last`, over all rows.
+def by_position(score: Score, texts: Sequence[Span]) -> list[dict[str, Any]]:
+    """Returns the mean loss in nats of the tokens at positions `first` to `last`, over all texts.
 
-    The loss at a position is of its token, given those before it.
+    The loss at a position is of its token, given those before it. The first token of a document
+    does not count: no model is trained to tell it from the document before.
     """
+    rows = [text.tokens for text in texts]
     loss_BT = -np.stack(score(rows)).astype(np.float64)  # [rows, length - 1], from position 1
+    counts_BT = ~np.stack([text.begins[1:] for text in texts])
     edges = [1, *itertools.takewhile(lambda n: n <= loss_BT.shape[1], _doubling(FIRST))]
     found = []
     for first, end in itertools.pairwise([*edges, loss_BT.shape[1] + 1]):
-        part = loss_BT[:, first - 1 : end - 1]
-        one = dict(first=first, last=end - 1, loss=float(part.mean()), tokens=part.size)
-        found.append(one)
+        at = slice(first - 1, end - 1)
+        part = loss_BT[:, at][counts_BT[:, at]]
+        if part.size:
+            one = dict(first=first, last=end - 1, loss=float(part.mean()), tokens=part.size)
+            found.append(one)
     return found
 
 
@@ -234,7 +252,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     scored = {kind: one["score"] for kind, one in results.items() if "score" in one}
     ruler = [scored[kind] for kind in tasks.KINDS if kind in scored]
     quality = {"tasks": scored} if scored else {}
-    if loss:
+    if loss and loss["buckets"]:
         quality["loss_by_position"] = loss["buckets"]
         quality["loss"] = sum(b["loss"] * b["tokens"] for b in loss["buckets"]) / sum(
             b["tokens"] for b in loss["buckets"]

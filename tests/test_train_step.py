@@ -302,6 +302,13 @@ def test_learned_positions_are_of_the_table(tmp_path, monkeypatch, prepared, lea
     assert len(seen) > 12 and (max(seen) == 31) == learned
 
 
+def test_steps_of_older_versions_are_of_another_order():
+    """Their epochs had one row less, and say nothing of their data."""
+    with pytest.raises(UserError, match="step 4 was trained on: an older version made that step"):
+        pretrain.run.check_data(4, None, {"train": "a"}, changed=False)
+    pretrain.run.check_data(4, None, {"train": "a"}, changed=True)
+
+
 def test_overwrite_starts_again(tmp_path, monkeypatch, prepared):
     workdir = train_cases.copy(prepared, tmp_path / "run")
     loop(workdir, monkeypatch)

@@ -138,18 +138,21 @@ def check_data(
 ) -> None:
     """Raises UserError if the data is not that of `step`, unless `changed` says that it may be.
 
-    Steps of an older version say nothing of their data.
+    Steps of an older version say nothing of their data, and their epochs had no row for the rest
+    of the tokens: another number of rows is another order of them.
     """
-    differ = [split for split in here if there is not None and there.get(split) != here[split]]
+    differ = [split for split in here if there is None or there.get(split) != here[split]]
     if not differ:
         return
-    what = " and ".join(differ)
+    what, why = " and ".join(differ), "it was prepared again from other texts"
+    if there is None:
+        why = "an older version made that step, from epochs without the last part of a row"
     if not changed:
         raise UserError(
-            f"the {what} data is not what step {step} was trained on: it was prepared again from "
-            "other texts. Prepare it as it was, or name another workdir with train.start to begin "
-            "a new run from these weights; --config.train.data_changed=True goes on in the order "
-            "of the new data, at the position of the old"
+            f"the {what} data is not what step {step} was trained on: {why}. Prepare it as it was, "
+            "or name another workdir with train.start to begin a new run from these weights; "
+            "--config.train.data_changed=True goes on in the order of the new data, at the "
+            "position of the old"
         )
     log.warning("the %s data is not what step %d was trained on: it goes on in the new", what, step)
 

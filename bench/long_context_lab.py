@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from bench.commands import call
-from core import cli, output
+from core import cli, files
 from core.output import File, begins_with, is_json
 
 CONFIG = "configs/long_context_lab.py"
@@ -160,7 +160,7 @@ def picture(models: dict[str, Any], path: Path) -> None:
     axes[0].set_ylabel("values found, %")
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=130)
-    output.replace(path, out.getvalue())
+    files.replace(path, out.getvalue())
 
 
 def _draw(panel, name: str, x: list[float], y: list[float]) -> None:

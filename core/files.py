@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -21,17 +22,53 @@ PARTIAL, MARK = ".partial", ".cakrawala-work-under-way"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole: under another name first, then renamed, on the disk when it returns."""
-    # A name that no other process has: two writers never share half a file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Writes a file whole, as `replace` does."""
+    replace(path, text.encode())
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Writes a whole file: under a name of its own, then renamed, so that no half is ever seen.
+
+    A device or a FIFO is written to, not replaced, and a link stays a link. OSError leaves what
+    was there.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
+    target = Path(os.path.realpath(path))
+    with _temporary(target.parent) as (file, temporary):
+        with open(file, "wb", closefd=False) as out:
+            out.write(content)
+        os.fsync(file)
+        if target.exists():
+            shutil.copymode(target, temporary)
+        else:
+            os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+
+
+def probe(folder: Path) -> None:
+    """Raises OSError unless a file with something in it can be made in `folder`."""
+    with _temporary(folder) as (file, _):
+        os.write(file, b"\n")
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path) -> Iterator[tuple[int, str]]:
+    """(an open file, its path): a new file, which is gone afterwards unless it was renamed."""
+    file, name = tempfile.mkstemp(prefix=".cakrawala-", dir=folder)
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield file, name
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(file)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def seal(folder: Path) -> None:

@@ -10,17 +10,15 @@ cannot be written later on ends the program with one message and status 1.
 as they are. Tables that grow are in core/rows_file.py.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from core import files
 from core.config import UserError
 
 log = logging.getLogger("cakrawala")
@@ -54,7 +52,7 @@ class File:
                     "another file, or move it away"
                 )
             if target.is_file() or not target.exists():
-                probe(target.parent)
+                files.probe(target.parent)
             elif not target.is_fifo():
                 _check_device(target)
         except OSError as error:
@@ -74,7 +72,7 @@ class File:
                     other = self._target.with_name(f"{self._target.name}.{os.getpid()}")
                     log.warning("%s is another's by now: %s is written", self.path, other)
                     self._target = other
-                replace(self._target, content.encode())
+                files.replace(self._target, content.encode())
             except OSError as error:
                 sys.exit(f"error: {self._field}={self.path} cannot be written: {error.strerror}")
 
@@ -119,51 +117,6 @@ def is_page(title: str) -> Callable[[bytes], bool]:
         return content.startswith(title.encode())
 
     return test
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Writes a whole file: under a name of its own, then renamed, so that no half is ever seen.
-
-    A device or a FIFO is written to, not replaced, and a link stays a link. OSError leaves what
-    was there.
-    """
-    if path.exists() and not path.is_file():
-        path.write_bytes(content)
-        return
-    target = Path(os.path.realpath(path))
-    with _temporary(target.parent) as (file, temporary):
-        with open(file, "wb", closefd=False) as out:
-            out.write(content)
-        os.fsync(file)
-        if target.exists():
-            shutil.copymode(target, temporary)
-        else:
-            os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-
-
-def probe(folder: Path) -> None:
-    """Raises OSError unless a file with something in it can be made in `folder`."""
-    with _temporary(folder) as (file, _):
-        os.write(file, b"\n")
-
-
-@contextlib.contextmanager
-def _temporary(folder: Path) -> Iterator[tuple[int, str]]:
-    """(an open file, its path): a new file, which is gone afterwards unless it was renamed."""
-    file, name = tempfile.mkstemp(prefix=".cakrawala-", dir=folder)
-    try:
-        yield file, name
-    finally:
-        os.close(file)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def is_stdout(path: str) -> bool:

@@ -28,8 +28,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from core import backend, checkpoint, cli, tokenizer_files
-from core.checkpoint import Bundle, write_text
+from core.checkpoint import Bundle
 from core.config import Experiment, UserError, to_json
+from core.files import write_text
 from model import checkpoint_files, families, hf_export, hf_import, parts, tokenizer_check
 from model.checkpoint_files import CONFIG
 from model.config import ModelConfig

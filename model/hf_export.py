@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from core.checkpoint import write_text
+from core.files import write_text
 from core.lazy import Stored
 from model.checkpoint_files import INDEX, WHOLE
 from model.families.tensor import Tensor

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from core import checkpoint, sharding
 from core.checkpoint import Bundle
 from core.config import Experiment, UserError, to_json
-from core.files import LISTING as FILES
+from core.files import LISTING
 from core.sharding import MeshConfig
 from model.attention.spec import full, sliding
 from model.config import ModelConfig
@@ -131,15 +131,15 @@ def test_an_older_step_opens_too(saved, one_device):
 
 
 def test_a_step_cut_off_is_skipped_with_a_word(copy, warnings):
-    (copy / "20" / FILES).unlink()
+    (copy / "20" / LISTING).unlink()
     bundle = Bundle(copy)
     assert not bundle.is_complete(20)
     assert bundle.choose() == 10
     (record,) = warnings.records
-    assert f"20/{FILES} is missing, so 20 is no step; using step 10" in record.getMessage()
+    assert f"20/{LISTING} is missing, so 20 is no step; using step 10" in record.getMessage()
     message = complaint(bundle.choose, 20)
     assert message.startswith(
-        f"step=20 is not in {copy}; the steps there are: 10; {copy}/20/{FILES}"
+        f"step=20 is not in {copy}; the steps there are: 10; {copy}/20/{LISTING}"
     )
 
 
@@ -165,11 +165,11 @@ def test_no_complete_step(copy, directory):
         "has no complete step: nothing was saved yet"
     )
     for step in (10, 20):
-        (copy / str(step) / FILES).unlink()
+        (copy / str(step) / LISTING).unlink()
     message = complaint(Bundle(copy).choose)
     assert "has no complete step" in message
-    assert f"10/{FILES} is missing" in message
-    assert f"20/{FILES} is missing" in message
+    assert f"10/{LISTING} is missing" in message
+    assert f"20/{LISTING} is missing" in message
 
 
 def test_a_step_that_was_never_there(saved):

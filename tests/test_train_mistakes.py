@@ -22,7 +22,8 @@ from train_cases import (
 )
 
 from core import sharding, tree
-from core.checkpoint import Bundle, damaged
+from core.checkpoint import Bundle
+from core.files import damaged
 from model import transformer
 from train import optimizer, pretrain, state
 

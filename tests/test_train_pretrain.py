@@ -26,7 +26,8 @@ from train_cases import (
 )
 
 from core import sharding
-from core.checkpoint import Bundle, damaged
+from core.checkpoint import Bundle
+from core.files import damaged
 from data.store import TokenStore
 from model import transformer
 from model.config import ModelConfig

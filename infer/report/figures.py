@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from core import output
+from core import files
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
@@ -178,7 +178,7 @@ def save(figure: Figure, path: Path) -> None:
     """Writes a PNG under its name only when it is whole; `is_ours` knows it again."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=DPI, metadata={"Software": SOFTWARE})
-    output.replace(path, out.getvalue())
+    files.replace(path, out.getvalue())
 
 
 def is_ours(content: bytes) -> bool:

@@ -17,7 +17,8 @@ from core.config import UserError
 from model import rope, transformer
 from model.attention.spec import full
 from model.config import ModelConfig
-from model.families import rope_json
+from model.families import llama, rope_json
+from model.families.attributes import Attributes
 from model.rope import Rope
 
 with np.load(cases.FOLDER / "rope.npz") as found:
@@ -31,7 +32,9 @@ ROUNDING = 1e-6
 @pytest.mark.parametrize("name", NAMES)
 def test_frequencies_are_those_of_transformers(name):
     about = json.loads(str(TABLES[f"{name}-about"]))
-    config = rope_json.parse(about["parameters"], about["context"])
+    file = {"model_type": "llama", "max_position_embeddings": about["context"]}
+    file = Attributes(file, llama.DEFAULTS["llama"])
+    config = rope_json.parse(file, about["parameters"], about["head_dim"])
     assert config.magnitude == pytest.approx(float(TABLES[f"{name}-magnitude"]), rel=1e-12)
     made = rope.frequencies(config, about["head_dim"], jnp.array(LENGTHS))
     expected = TABLES[name]

@@ -16,7 +16,7 @@ from data.tokenizer_base import Tokenizer, overlap
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What a row starts with. Text starts with bos, if there is one, as documents in training."""
+    """What a row starts with. Text starts with bos, if the tokenizer has one."""
 
     text: str | None  # None when token ids were given
     tokens: np.ndarray  # int32 [T], bos included

@@ -43,7 +43,7 @@ def _best(kind: str, tokens: int) -> tuple[str, str]:
         return ("splash", "") if tokens >= splash.LANES else ("chunked", few)
     if kind.startswith(MADE_FOR["gpu"]):
         if kind.startswith(CAPABILITY_8_OR_9):
-            return "gpu", ", for which it was compiled (docs/gpu.md), though never run on one"
+            return "gpu", ", for which it was compiled (docs/gpu.md)"
         return "chunked", ": gpu was compiled for compute capability 8.0 and 9.0, which it may lack"
     return "chunked", ""
 

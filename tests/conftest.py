@@ -5,6 +5,7 @@ import itertools
 import os
 import platform
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from data import prepare
 from model.attention import gpu_call, splash
 from train import pretrain
 
+# Tests send Ctrl-C, which a job in the background of a script ignores, and its children too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests compile more than they run; this halves the time of the suite. Children inherit it.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 backend.prepare(simulate=8)

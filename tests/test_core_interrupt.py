@@ -115,12 +115,15 @@ def test_a_second_ctrl_c_reaches_a_main_thread_in_c():
         stderr=subprocess.PIPE,
         text=True,
     )
-    process.stdout.readline()
-    for _ in range(2):
-        time.sleep(0.2)  # two signals that come at once are one
-        assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        process.stdout.readline()
+        for _ in range(2):
+            time.sleep(0.2)  # two signals that come at once are one
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
     assert (process.returncode, err) == (130, "interrupted\n")
 
 

@@ -1,4 +1,4 @@
-"""What the commands here share: flags that hold several numbers, and processes of their own."""
+"""Helpers of the commands here: flags that hold several numbers, and processes of their own."""
 
 import argparse
 import subprocess

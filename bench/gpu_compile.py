@@ -69,7 +69,7 @@ def custom_calls(operation) -> Iterator:
 
 
 def compiled(text: str, options: dict, capability: int) -> dict[str, int]:
-    """What ptxas says of it."""
+    """Returns what ptxas reports of a kernel: registers, spills and shared memory."""
     with tempfile.TemporaryDirectory() as folder:
         source, ptx = Path(folder) / "kernel.ttir", Path(folder) / "kernel.ptx"
         source.write_text(text)

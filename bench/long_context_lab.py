@@ -63,12 +63,12 @@ def run(name: str) -> Path:
 
 
 def is_asked(path: Path) -> bool:
-    """Whether a recall.json is there with all of its rows, and no run was cut off that wrote it."""
+    """Returns whether a recall.json is there that was written to its end."""
     return path.is_file() and json.loads(path.read_text()).get("complete", True)
 
 
 def collect(workdir: Path) -> dict[str, Any]:
-    """What training and recall left there.
+    """Returns the figures that training and recall wrote into `workdir`.
 
     Seconds are those of all steps at the median speed, so that a pause does not count.
     """

@@ -34,7 +34,7 @@ NEEDED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler answered. Bytes are of one device; `text` is empty if it refused."""
+    """The compiler's answer. Bytes are those of one device; `text` is empty if it refused."""
 
     argument_bytes: int
     hbm_bytes: int  # at its highest: arguments, results and temporaries that live together

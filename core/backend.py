@@ -1,4 +1,4 @@
-"""Which devices JAX will see, decided before it starts its backend."""
+"""The choice of devices, made before JAX starts its backend."""
 
 import contextlib
 import glob
@@ -92,7 +92,7 @@ def compile_only() -> None:
 
 
 def has_tpu() -> bool:
-    """Whether this machine has TPU chips attached."""
+    """Returns whether this machine has TPU chips attached."""
     return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
 
 

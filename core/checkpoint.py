@@ -71,7 +71,7 @@ class Bundle:
         return steps(self.path)
 
     def is_complete(self, step: int) -> bool:
-        """Whether each file of the step is there in full."""
+        """Returns whether each file of the step is there in full."""
         return damaged(self.path / str(step)) is None
 
     def choose(self, step: int | None = None) -> int:
@@ -194,7 +194,7 @@ def steps(path: Path) -> list[int]:
 
 
 def _is_step(folder: Path) -> bool:
-    """Whether this holds our listing, and Orbax's metadata or the listing's word for it."""
+    """Returns whether a folder holds our listing, and Orbax's metadata is there or listed."""
     if not (folder / files.LISTING).is_file():
         return False
     if (folder / METADATA).is_file():
@@ -241,7 +241,7 @@ def refuse_foreign(path: Path, first: int, last: int) -> None:
 
 
 def _is_experiment(path: Path) -> bool:
-    """Whether this is a config that `create` wrote: a name, and sections of an Experiment."""
+    """Returns whether `create` wrote this config: a name, and sections of an Experiment."""
     fields = {field.name for field in dataclasses.fields(Experiment)}
     content = read_json(path)
     return "name" in content and content.keys() <= fields
@@ -275,7 +275,7 @@ def _copy_tokenizer(source: Path, path: Path) -> None:
 
 
 def _same_files(source: Path, target: Path) -> bool:
-    """Whether two folders hold the same files with the same bytes."""
+    """Returns whether two folders hold the same files with the same bytes."""
     names, there = (
         {p.relative_to(folder) for p in folder.rglob("*") if p.name != files.LISTING}
         for folder in (source, target)

@@ -285,7 +285,7 @@ def flags(argv: Sequence[str], cls: type[S]) -> S:
 
 
 def help_text(doc: str, classes: dict[str, type[Section]]) -> str:
-    """What `--help` prints: the doc, then each field with its default and meaning."""
+    """Returns the text of `--help`: the doc, then each field with its default and meaning."""
     lines = [doc.strip(), "", f"usage: {USAGE}", "", literals.HELP]
     for section, cls in classes.items():
         lines += ["", f"{section}:", *fields_text(f"config.{section}.", cls)]

@@ -103,7 +103,7 @@ def mistakes(path: str, origin: str | None) -> Iterator[None]:
 
 
 def _arguments(get_config: Any, path: str, arg: str) -> tuple[str, ...]:
-    """What get_config is called with: `arg`, or nothing where it takes nothing."""
+    """Returns the arguments of get_config: `arg`, or none where it takes none."""
     if not callable(get_config):
         raise UserError(f"--config={path}: get_config={shown(get_config)} is no function: {FORM}")
     try:

@@ -1,4 +1,4 @@
-"""What the chips we know can do, from their makers' pages; None where nobody can know."""
+"""Limits of known chips, from their makers' pages; None for a chip that is not known."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a compiled program does, read from the text of its optimised HLO.
+"""Costs of a compiled program, read from the text of its optimised HLO.
 
     program = count(compiled.as_text(), scope="/attention/")
     program.flops, program.scope_flops, program.bytes, program.collectives

@@ -66,7 +66,7 @@ class Instruction:
         return (int(found[1]), int(found[2])) if found else None
 
     def window(self) -> dict[str, list[int]]:
-        """Of a convolution, by spatial dim: low padding, stride, dilations."""
+        """Returns low padding, stride and dilations of a convolution, by spatial dim."""
         found = re.search(r"window=\{([^}]*)\}", self.rest)
         fields = dict(part.split("=") for part in found[1].split()) if found else {}
         rank = fields.get("size", "").count("x") + 1

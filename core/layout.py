@@ -48,7 +48,7 @@ def tile_size(shard: int) -> int:
 
 
 def reach(layout: Layout, length: int, shards: int, window: int) -> tuple[int, int]:
-    """How many shards before and after its own, on a ring, hold what a token may see.
+    """Returns the number of shards before and after its own that hold what a token may see.
 
     It sees so many tokens back, itself included.
     """

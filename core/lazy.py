@@ -60,7 +60,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:
-    """What saves pytrees of Lazy leaves."""
+    """Returns the handler that saves pytrees of Lazy leaves."""
     usual = ocp.type_handlers.get_type_handler(jax.Array)  # Orbax warns if there is none
     registry = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, usual), (Lazy, _Handler())

@@ -1,4 +1,4 @@
-"""Where figures go: a JSON object a line, and TensorBoard events (written without TensorFlow)."""
+"""Writer of training figures: JSON lines, and TensorBoard events (written without TensorFlow)."""
 
 import json
 from collections.abc import Mapping

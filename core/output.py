@@ -78,7 +78,7 @@ class File:
 
 
 def is_foreign(path: Path, is_ours: Callable[[bytes], bool]) -> bool:
-    """Whether a file is there with something in it that this program did not write."""
+    """Returns whether a file is there that this program did not write, and is not empty."""
     content = path.read_bytes() if path.is_file() else b""
     return bool(content) and not is_ours(content)
 
@@ -120,7 +120,7 @@ def is_page(title: str) -> Callable[[bytes], bool]:
 
 
 def is_stdout(path: str) -> bool:
-    """Whether `path` is a name of stdout: -, /dev/stdout, or the file that it was sent to."""
+    """Returns whether `path` is a name of stdout: -, /dev/stdout, or the file it was sent to."""
     if path == "-":
         return True
     try:
@@ -161,7 +161,7 @@ def where(path: str, field: str, inputs: Inputs) -> Path:
 
 
 def _holds(given: str, target: Path) -> bool:
-    """Whether `target` is the file `given` (- is stdin), or lies in the folder `given`."""
+    """Returns whether `target` is the file `given` (- is stdin), or lies in the folder `given`."""
     try:
         if given == "-":
             return os.path.samestat(os.stat(target), os.fstat(sys.stdin.fileno()))

@@ -1,4 +1,4 @@
-"""What is typed on the command line wins over the file, also where two fields exclude each other.
+"""Precedence of the command line over the file, also for fields that exclude each other.
 
     class DecodeConfig(Section):
         EXCLUSIVE = (("prompt", "prompts"),)  # one of them at most is set

@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh (data, seq, model) and the rules from logical to mesh axes.
+"""The mesh (data, seq, model), and the rules from logical to mesh axes.
 
     mesh = make_mesh(MeshConfig(data=-1, model=2))
     with jax.set_mesh(mesh):
@@ -29,7 +29,7 @@ Order = Layout | Literal["dealt"]  # to the shards of the cache, token by token:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Section):
-    """How the devices are laid out, and how attention crosses them."""
+    """The layout of the devices, and the strategy of attention over them."""
 
     simulate: int = setting(0, "simulated CPU devices; 0 takes the real ones", low=0)
     data: int = setting(-1, "devices over the batch and FSDP; -1 is the rest", low=-1)
@@ -220,6 +220,6 @@ def whole() -> Rules:
 
 
 def device_kind() -> str:
-    """Of the mesh in use, which under train.aot is not that of this machine."""
+    """Returns the device kind of the mesh in use; under train.aot this machine has another."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.device_kind if device else "a mesh without devices"

@@ -42,7 +42,7 @@ Kind = Literal["trained", "huggingface", "sentencepiece"]
 
 
 def kind(directory: str | Path) -> Kind | None:
-    """What the directory holds: our own, a tokenizer.json, another tokenizer.model, or nothing.
+    """Returns the kind of tokenizer in the directory; None if it holds none.
 
     UserError when the file is damaged, or there is only one that we cannot read.
     """
@@ -64,7 +64,7 @@ def kind(directory: str | Path) -> Kind | None:
 
 
 def _is_ours(directory: Path, has_json: bool) -> bool:
-    """Whether we trained the model, and nobody went on with the tokenizer.json of our export."""
+    """Returns whether we trained the model, and nobody changed its exported tokenizer.json."""
     try:
         model = sentencepiece_model.read(directory / MODEL)
     except UserError:
@@ -187,7 +187,7 @@ class _Json:
         return () if token is None else (self._id(token),)
 
     def bos(self) -> int | None:
-        """What is put before a text; tokenizer_config.json may say otherwise."""
+        """Returns the tokens before a text; tokenizer_config.json may say otherwise."""
         asked = self._config.get("add_bos_token")
         if asked is not None:
             return next(iter(self.named("bos")), None) if asked else None

@@ -50,7 +50,7 @@ def read(path: Path) -> ModelProto:
 
 
 def is_ours(model: ModelProto) -> bool:
-    """Whether we trained it, so that its texts are escaped."""
+    """Returns whether we trained it, so that its texts are escaped."""
     trained, normal = model.trainer_spec, model.normalizer_spec
     return (
         trained.max_sentence_length == MAX_SENTENCE

@@ -1,4 +1,4 @@
-"""Which tokens of a tokenizer are special: no text makes them, and no output shows them.
+"""Special tokens of a tokenizer: no text makes them, and no output shows them.
 
     rules = in_rules(rules, directory, marks)  # a tokenizer.json whose flags say all of it
     model = in_model(model, directory, marks)  # a tokenizer.model with control symbols in place
@@ -50,7 +50,7 @@ class Added(NamedTuple):
 
 
 class Named(NamedTuple):
-    """Where a file calls a token special."""
+    """A place in a file that calls a token special."""
 
     place: str  # "tokenizer_config.json (eos_token)"
     counts: bool  # whether transformers reads this field; other fields only confirm added tokens
@@ -212,7 +212,7 @@ def _renamed(model: ModelProto, added: dict[str, Added], path: Path) -> ModelPro
 
 
 def is_mark(content: str, added: dict[str, Added]) -> bool:
-    """What files beside a tokenizer.model say of a token, else what its looks say."""
+    """Returns a token's type by the files beside a tokenizer.model, else by its spelling."""
     told = added.get(content)
     if told is not None and told.special is not None:
         return told.special
@@ -220,7 +220,7 @@ def is_mark(content: str, added: dict[str, Added]) -> bool:
 
 
 def _by_id(marks: Marks) -> dict[int, Named]:
-    """Where the files beside a tokenizer give the ids of its marks.
+    """Returns the places where files beside a tokenizer give the ids of its marks.
 
     No text needs a pad, so an ordinary word may have its id.
     """

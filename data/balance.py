@@ -1,4 +1,4 @@
-"""Which order of a row's tokens keeps every shard of a ring busy, for the documents at hand.
+"""Orders of a row's tokens, by how busy they keep the shards of a ring on these documents.
 
 balance(segments, layout.order("striped", 32768, 8), shards=8)    # 0.94: what the ring uses
 choose(segments, rules, windows=[0])                              # "striped"
@@ -58,7 +58,7 @@ def sample(store: TokenStore, length: int) -> np.ndarray:
 
 
 def choose(segments_BT: np.ndarray, rules: Rules, windows: Sequence[int]) -> Layout:
-    """What mesh.layout=auto means: the best balance on rows with these segments, logged."""
+    """Returns the layout of mesh.layout=auto, the best balanced on these segments, and logs it."""
     shards, length = rules.ring_size(), segments_BT.shape[1]
     if shards == 1:
         return "contiguous"

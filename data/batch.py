@@ -1,4 +1,4 @@
-"""What a step of training sees: rows cut from the stream of all documents, one after the other.
+"""Rows of training: cut from the stream of all documents, one after the other.
 
     row i of length T is w = stream[i*T : i*T + T + 1];  tokens = w[:-1], targets = w[1:]
 

@@ -13,7 +13,7 @@ SMALLEST = 262  # pieces: 4 marks, 256 bytes, and 2 for something to learn
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Section):
-    """What `python -m data.prepare` reads; training reads only what that wrote."""
+    """Settings of `python -m data.prepare`; training reads only what that wrote."""
 
     source: Literal["stdlib", "files", "tfds", "recall"] = setting(
         "stdlib",

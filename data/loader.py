@@ -84,7 +84,7 @@ def train_batches(
 
 
 def row_order(num_rows: int, seed: int) -> grain.MapDataset:
-    """Which row comes at place 0, 1, 2, ...: a new permutation of all rows each epoch."""
+    """Returns the order of the rows: a new permutation of all rows each epoch."""
     return grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat(None)
 
 

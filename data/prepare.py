@@ -170,7 +170,7 @@ def given(config: DataConfig, directory: Path) -> Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What a first pass over the documents finds."""
+    """Findings of a first pass over the documents."""
 
     num_bytes: int  # of text that is kept
     sample: Sample  # of the training documents: the tokenizer may not see the others

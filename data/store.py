@@ -228,6 +228,6 @@ class TokenStore:
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
     def names(self) -> list[str]:
-        """Where each document came from; read from disk at each call."""
+        """Returns the source of each document; read from disk at each call."""
         texts = [self._path(shard, "names").read_text("utf-8") for shard in self._shards]
         return [json.loads(line) for text in texts for line in text.splitlines()]

@@ -1,4 +1,4 @@
-"""What every tokenizer does: text to ids without marks, ids to text, at once or as they come.
+"""Interface of all tokenizers: text to ids without marks, ids to text, whole or as they come.
 
 ids = tokenizer.encode("a text")                  # int32 [T]; "<s>" in a text is text
 ids = tokenizer.encode("<s>a text", special=True)  # unless asked
@@ -38,7 +38,7 @@ class Stream(abc.ABC):
 
     @abc.abstractmethod
     def flush(self) -> str:
-        """What was held back: U+FFFD for a character that never came to its end."""
+        """Returns what was held back: U+FFFD for a character that never came to its end."""
 
 
 class Utf8:

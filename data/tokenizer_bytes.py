@@ -8,7 +8,7 @@ from data.tokenizer_base import Stream, Utf8, checked
 
 
 class Surface(NamedTuple):
-    """What each id says. A model that writes a space before a text hides it again."""
+    """The bytes of each id. A model that writes a space before a text hides it again."""
 
     table: Sequence[bytes]  # b"" for marks
     opens: frozenset[int] = frozenset()  # pieces whose first space vanishes where a text begins

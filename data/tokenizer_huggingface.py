@@ -124,7 +124,7 @@ def load(directory: Path) -> HuggingFace:
 
 
 def _fingerprint(rules: dict, marks: Marks) -> str:
-    """Of the file as data, less what has no effect here, and of the marks."""
+    """Returns a digest of the file as data, without what has no effect here, and of the marks."""
     rules = {k: v for k, v in rules.items() if k not in ("version", "truncation", "padding")}
     content = json.dumps([rules, marks], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -88,7 +88,7 @@ def _surface(model: ModelProto, always: dict[str, int], vocab_size: int) -> Surf
 
 
 def _fingerprint(model: ModelProto, beyond: dict[str, Added], marks: Marks) -> str:
-    """Of all that says which ids a text has; not of how the model was trained."""
+    """Returns a digest of all that decides the ids of a text; how it was trained is left out."""
     spec = model.trainer_spec
     parts = [
         [(piece.piece, piece.score, piece.type) for piece in model.pieces],

@@ -92,7 +92,7 @@ class Spent:
 
 
 def read_rows(config: DecodeConfig, found: Found) -> list[Row]:
-    """What to continue, and how; UserError when a row cannot be."""
+    """Returns the rows to continue. Raises UserError for one that cannot be."""
     tokenizer, vocab_size = found.tokenizer, (found.tokenizer or found.config).vocab_size
     if config.top_logprobs > vocab_size:
         raise UserError(
@@ -113,7 +113,7 @@ def read_rows(config: DecodeConfig, found: Found) -> list[Row]:
 
 
 def settings(config: DecodeConfig, prompt: Prompt) -> Sampling:
-    """Those of the decode section, and what the prompt's line says instead."""
+    """Returns the settings of the decode section, overridden by those of the prompt's line."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(Sampling)}
     given = dict(prompt.settings)
     try:
@@ -179,5 +179,5 @@ def _check_tokens(how: Sampling, where: str, vocab_size: int, tokenizer: Tokeniz
 
 
 def writer(prompt: Prompt, how: Sampling, tokenizer: Tokenizer | None) -> Writer | None:
-    """What writes the text after a prompt; None where ids are the text."""
+    """Returns the writer of the text after a prompt; None without a tokenizer."""
     return Writer(tokenizer, how.stop, prompt.tokens) if tokenizer else None

@@ -16,7 +16,7 @@ from data.tokenizer_base import Tokenizer, overlap
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What a row starts with. Text starts with bos, if the tokenizer has one."""
+    """The start of a row. Text starts with bos, if the tokenizer has one."""
 
     text: str | None  # None when token ids were given
     tokens: np.ndarray  # int32 [T], bos included
@@ -146,11 +146,11 @@ class Writer:
         return "".join(self._shown)
 
     def push(self, token: int) -> str:
-        """What may be shown after this token; `stopped` tells that a stop string is complete."""
+        """Returns the text to show after this token; `stopped` tells of a complete stop string."""
         return self._show(self._stream.push(token))
 
     def flush(self) -> str:
-        """What was held back: the row has ended without a stop string."""
+        """Returns the text held back; the row has ended without a stop string."""
         shown = self._show(self._stream.flush())
         rest, self._held = ("" if self.stopped else self._held), ""
         self._shown.append(rest)

@@ -44,11 +44,11 @@ def updates(monkeypatch):
     return found
 
 
-def refused(call, *parts):
+def refusal(call) -> str:
+    """The message of the UserError that `call` raises."""
     with pytest.raises(UserError) as error:
         call()
-    for part in parts:
-        assert part in str(error.value)
+    return str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -71,16 +71,20 @@ def test_devices_that_do_not_start(error, reason, environment, monkeypatch, caps
     status, err = command(capsys, monkeypatch, experiment(tmp_path / "run"))
     assert status == 2 and err.startswith("error: JAX_PLATFORMS=cpu: ") and err.count("\n") == 1
     environment(JAX_PLATFORMS="rcom")
-    refused(backend.devices, "JAX_PLATFORMS=rcom: ", reason, CPU)
+    message = refusal(backend.devices)
+    assert message.startswith("JAX_PLATFORMS=rcom: ") and reason in message and CPU in message
     monkeypatch.delenv("JAX_PLATFORMS")
-    refused(backend.devices, "the devices of this machine: ", CPU)
+    message = refusal(backend.devices)
+    assert message.startswith("the devices of this machine: ") and CPU in message
 
 
 def test_no_tpu(environment, monkeypatch):
     monkeypatch.setattr(backend, "has_tpu", lambda: False)
     monkeypatch.setattr(jax, "config", SimpleNamespace(jax_platforms="tpu,cpu"))
     environment(JAX_PLATFORMS="tpu,cpu")
-    refused(backend.devices, "JAX_PLATFORMS=tpu,cpu: this machine has no TPU; unset it", CPU)
+    message = refusal(backend.devices)
+    assert message.startswith("JAX_PLATFORMS=tpu,cpu: this machine has no TPU; unset it")
+    assert CPU in message
 
 
 @pytest.mark.parametrize("number", ["0", "-3", "eight", ""])
@@ -147,7 +151,7 @@ def test_simulated_devices_go_before_those_asked_for(environment, updates, caplo
 def test_processes_named_wrongly(address, count, index, message, environment):
     named = dict(zip(backend.PROCESSES, (address, count, index), strict=True))
     environment(**{name: value for name, value in named.items() if value is not None})
-    refused(backend.join, message)
+    assert message in refusal(backend.join)
 
 
 def test_a_port_that_is_taken(environment):
@@ -155,7 +159,9 @@ def test_a_port_that_is_taken(environment):
         address = f"127.0.0.1:{server.getsockname()[1]}"
         named = dict(zip(backend.PROCESSES, (address, "2", "0"), strict=True))
         environment(**named)
-        refused(backend.join, f"{address}: process 0 cannot listen on port", "Address already in")
+        message = refusal(backend.join)
+    assert f"{address}: process 0 cannot listen on port" in message
+    assert "Address already in" in message
 
 
 def test_processes_that_do_not_meet(environment, monkeypatch, capsys):

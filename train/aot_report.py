@@ -53,7 +53,7 @@ def mfu(
 
 
 def to_dict(report: Report) -> dict[str, Any]:
-    """What goes into the JSON file."""
+    """Contents of the JSON file."""
     values = dataclasses.asdict(report)
     del values["estimated_mfu_dense"]
     values["collectives"] = [
@@ -118,7 +118,7 @@ def readable(num_bytes: float) -> str:
 
 
 def advice(experiment: Experiment, report: Report) -> list[str]:
-    """What lowers the memory of this step, the cheapest first."""
+    """Returns changes that lower the memory of this step, the cheapest first."""
     train, (data, _, model) = experiment.train, axis_sizes(experiment.mesh, report.devices)
     lines = []
     if train.remat in ("none", "dots", "attention"):

@@ -10,7 +10,7 @@ from train.config import TrainConfig
 
 
 class Feed:
-    """Which rows this process reads, and how they become a sharded Batch."""
+    """Assembly of the global Batch from the rows that each process reads."""
 
     def __init__(self, config: TrainConfig, rules: Rules):
         check(config, rules)

@@ -74,5 +74,5 @@ def groups(config: TrainConfig, names: Iterable[str]) -> dict[str, str]:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """Whether `pattern` matches the end of the dotted name, from the start of one of its parts."""
+    """Returns whether `pattern` matches the end of the dotted name, from the start of a part."""
     return re.search(rf"(^|\.)({pattern})$", name) is not None

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, plain lines in a log; both on stderr."""
+"""Progress of a run: a bar on a terminal, plain lines in a log; both on stderr."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Where a run begins: a new bundle, or the newest complete step of the one that is there."""
+"""The start of a run: a new bundle, or the newest complete step of the one that is there."""
 
 import dataclasses
 import logging
@@ -173,7 +173,7 @@ def in_first_process(action: Callable[[], None]) -> None:
 
 
 def choose_rules(experiment: Experiment, segments: Callable[[], np.ndarray]) -> Rules:
-    """What the mesh section asks for; UserError if rows do not divide over the mesh in use.
+    """Returns the rules of the mesh section. UserError if rows do not divide over the mesh.
 
     `segments()` gives rows [B, T] like those to come, by which mesh.layout=auto is chosen.
     """

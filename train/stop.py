@@ -1,4 +1,4 @@
-"""Whether a signal asks a run to stop: one answer, the same in every process.
+"""The request to stop a run by a signal: one answer, the same in every process.
 
 with Stop() as stop:
     for step in ...:

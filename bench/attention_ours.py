@@ -13,10 +13,12 @@ from core import backend
 from core.sharding import MeshConfig, make_mesh, training
 from model.attention import nsa, spec
 from model.attention.attend import attend
-from model.attention.spec import Where
+from model.attention.mask import Positions
 
 
-def ours(implementation: str, kernel: str, window: int, at: Where, *qkv: jax.Array) -> jax.Array:
+def ours(
+    implementation: str, kernel: str, window: int, at: Positions, *qkv: jax.Array
+) -> jax.Array:
     """`attend`, or native sparse attention, as a layer calls it."""
     how = dict(kernel=kernel, rules=training("ring" if implementation == "ring" else "local"))
     if implementation == "nsa":
@@ -55,7 +57,7 @@ def program(
         jax.device_put(jax.random.normal(jax.random.key(i), shape, machine.dtype), place)
         for i in range(4)
     )
-    at = Where(jnp.arange(length, dtype=jnp.int32)[None], jnp.ones((1, length), jnp.int32))
+    at = Positions(jnp.arange(length, dtype=jnp.int32)[None], jnp.ones((1, length), jnp.int32))
     at = jax.device_put(at, training()("batch", "length"))
     attention = functools.partial(ours, implementation, machine.kernel, window, at)
     if implementation == "jax":

@@ -23,15 +23,15 @@ from triton.backends.compiler import GPUTarget
 
 from core import cli
 from model.attention import blocks, gpu
-from model.attention.spec import Mask, Where
+from model.attention.mask import BlockSparse, Full, Mask, Positions, Window
 
 LENGTH, QUERY_HEADS, KEY_HEADS = 4096, 8, 2
 CAPABILITIES = 80, 90
 WIDTHS = (64, "bfloat16"), (128, "bfloat16"), (256, "bfloat16"), (64, "float32"), (128, "float32")
 KINDS = {
-    "causal": (Mask(), 0.0, False),
-    "window, sinks, soft-cap": (Mask(window=700, sinks=5), 30.0, False),
-    "block-sparse, ALiBi": (Mask(block=96, local=2, stride=3, sinks=4), 0.0, True),
+    "causal": (Full(), 0.0, False),
+    "window, sinks, soft-cap": (Window(700, sinks=5), 30.0, False),
+    "block-sparse, ALiBi": (BlockSparse(96, 2, 3, sinks=4), 0.0, True),
 }
 PTXAS = Path(nvidia.__file__).parent / "bin" / "ptxas-blackwell"  # the newest it brings
 
@@ -40,7 +40,7 @@ def modules(width: int, dtype: str, mask: Mask, softcap: float, alibi: bool) -> 
     """(name, Triton's module as text, options) of each kernel."""
     shape = (1, LENGTH)
     q, k = (jax.ShapeDtypeStruct((*shape, n, width), dtype) for n in (QUERY_HEADS, KEY_HEADS))
-    at = Where(*[jax.ShapeDtypeStruct(shape, jnp.int32)] * 2)
+    at = Positions(*[jax.ShapeDtypeStruct(shape, jnp.int32)] * 2)
     slope = jax.ShapeDtypeStruct((QUERY_HEADS,), jnp.float32) if alibi else None
 
     def run(q, k, v, dout, at, slope_N):

@@ -12,7 +12,7 @@ from core.sharding import Rules
 from infer import steps
 from infer.steps import State
 from model.attention.decode import New
-from model.attention.spec import Where
+from model.attention.mask import Positions
 from model.cache import KVCache
 from model.transformer import Transformer
 
@@ -70,7 +70,7 @@ def by_draft(
 
     def read(tokens_BT, known):
         active_BT = ~state.done_B[:, None] & (each_1T < known)
-        at = Where(at_BT, active_BT.astype(jnp.int32))
+        at = Positions(at_BT, active_BT.astype(jnp.int32))
         return draft.read(tokens_BT, at, cache, total_B)
 
     def guess(i, carry):

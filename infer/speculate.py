@@ -32,7 +32,7 @@ from infer.load import Found
 from infer.prefix import Reader
 from infer.rows import Row
 from infer.steps import Made, State
-from model.attention.spec import Where
+from model.attention.mask import Positions
 from model.cache import KVCache
 from model.cache_form import Form
 from model.transformer import Transformer
@@ -124,7 +124,7 @@ def _check(
     active_B1, each_1T = ~state.done_B[:, None], jnp.arange(guesses + 1)[None]
     # Nothing is guessed beyond a row's limit: there is no room for it.
     known_BT = active_B1 & (tokens_BT >= 0) & (each_1T < (limit_B - state.made_B)[:, None])
-    at = Where(end_B[:, None] - 1 + each_1T, known_BT.astype(jnp.int32))
+    at = Positions(end_B[:, None] - 1 + each_1T, known_BT.astype(jnp.int32))
     cache = state.prefilled.cache
     hidden_BTD, new = model.read(jnp.maximum(tokens_BT, 0), at, cache, total_B)
     drawn = _drawn(model, hidden_BTD, state, tokens_BT, static)

@@ -17,7 +17,8 @@ from model.attention.cached import attend_cached
 from model.attention.cached_chosen import moba_cached, nsa_cached
 from model.attention.cached_stream import stream_cached
 from model.attention.decode import New, Stored
-from model.attention.spec import AttentionSpec, Heads, Where
+from model.attention.mask import Positions
+from model.attention.spec import AttentionSpec, Heads
 from model.linear import add, project
 from model.parameters import Maker
 
@@ -124,7 +125,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        at: Where,
+        at: Positions,
         cos_sin: tuple[jax.Array, jax.Array] | None,
         cache: Stored | None,
     ) -> tuple[jax.Array, New]:
@@ -159,7 +160,7 @@ class Branches(nnx.Module):
         self.keys, self.values = (Compressor(make, spec, index) for index in (8, 11))
 
     def __call__(
-        self, x_BTD: jax.Array, qkv: tuple[jax.Array, ...], at: Where, cache: Stored | None
+        self, x_BTD: jax.Array, qkv: tuple[jax.Array, ...], at: Positions, cache: Stored | None
     ) -> tuple[jax.Array, New | None]:
         gates_BTN3 = jax.nn.sigmoid(project("BTD,DNC->BTNC", x_BTD, self.gates_DN3[...]))
         learned = gates_BTN3, (self.keys(), self.values())
@@ -240,7 +241,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        at: Where,
+        at: Positions,
         cos_sin: tuple[jax.Array, jax.Array] | None,
         cache: Stored | None,
     ) -> tuple[jax.Array, New]:

@@ -19,8 +19,9 @@ from core import offload, tree
 from core.sharding import Rules, device_kind
 from model.attention import quantised
 from model.attention.decode import New, Pages, Shard, Stored
+from model.attention.mask import Positions
 from model.attention.quantised import Kept
-from model.attention.spec import AttentionSpec, Where
+from model.attention.spec import AttentionSpec
 from model.cache_form import BITS, Form, Numbers
 from model.config import ModelConfig
 
@@ -44,7 +45,7 @@ class Slot:
     host: bool = dataclasses.field(default=False, metadata=dict(static=True))  # where K and V are
 
     def write(
-        self, k_LBTKH: jax.Array, v_LBTKH: jax.Array, at: Where, seen_B: jax.Array, shard: Shard
+        self, k_LBTKH: jax.Array, v_LBTKH: jax.Array, at: Positions, seen_B: jax.Array, shard: Shard
     ) -> "Slot":
         """Stores, in the part `shard`, its own of the new tokens that are still within reach
         after `seen_B` tokens a row. Runs on one device, which sees that part alone.
@@ -134,7 +135,7 @@ class KVCache:
         parts = jax.tree.map(one, (held.k_LBKSH, held.v_LBKSH))
         return jax.device_put(parts, Space.Device)
 
-    def write(self, new: list[New], at: Where, rules: Rules) -> "KVCache":
+    def write(self, new: list[New], at: Positions, rules: Rules) -> "KVCache":
         """The cache after the tokens at `at`; `new` is stacked over the layers of each slot.
 
         Every shard takes its own of the tokens that it is shown: all where `length` is whole, and
@@ -165,9 +166,9 @@ class KVCache:
         seen_B = jnp.maximum(self.seen_B, end_BT.max(axis=1))
         return jax.shard_map(
             write,
-            in_specs=(cache_spec, new_specs, Where(tokens, tokens)),
+            in_specs=(cache_spec, new_specs, Positions(tokens, tokens)),
             out_specs=cache_spec,
-        )(KVCache(self.slots, seen_B), new, at)
+        )(KVCache(self.slots, seen_B), new, at._replace(until_BT=None))
 
 
 def _new_sharding(new: New, rules: Rules) -> New:
@@ -175,7 +176,7 @@ def _new_sharding(new: New, rules: Rules) -> New:
     if new.blocks is None:
         return New(tokens, tokens)
     of_block, place = rules(None, "batch", None, "act_kv_heads", None), rules(None, "batch", None)
-    return New(tokens, tokens, New(of_block, of_block, at=Where(place, place)))
+    return New(tokens, tokens, New(of_block, of_block, at=Positions(place, place)))
 
 
 def deal(x_BT: jax.Array, start: jax.Array, rules: Rules) -> jax.Array:

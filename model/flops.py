@@ -18,7 +18,6 @@ from typing import Literal
 import numpy as np
 
 from model import parts
-from model.attention.seen import keys_seen
 from model.config import ModelConfig
 
 Convention = Literal["seen", "dense"]
@@ -54,6 +53,6 @@ def _attention(
     specs = set(config.pattern)
     keys = dict.fromkeys(specs, length)
     if convention == "seen":
-        keys = {spec: float(of(keys_seen(spec, length))) for spec in specs}
+        keys = {spec: float(of(spec.keys_seen(length))) for spec in specs}
     each = {spec: 4 * config.num_heads * config.kv_shape(spec)[1] * keys[spec] for spec in specs}
     return sum(layers * each[spec] for slots, layers in config.stages for spec in slots)

@@ -19,7 +19,8 @@ from core.sharding import Rules
 from model import quantised, rope
 from model.attention import local
 from model.attention.decode import New
-from model.attention.spec import AttentionSpec, Where
+from model.attention.mask import Positions
+from model.attention.spec import AttentionSpec
 from model.block import Block, Norm
 from model.cache import KVCache
 from model.config import ModelConfig
@@ -75,15 +76,17 @@ class Transformer(nnx.Module):
         cache: KVCache | None = None,
         length_B: jax.Array | None = None,
         remat: Remat = "none",
+        until_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """(hidden [B, T, D] after the final norm, the cache with these tokens added).
 
         Positions count inside each document; segment 0 is padding. With a cache the tokens also
         see what it holds, and must all belong to the one document that it holds. `length_B` is
         what each row's text will have come to, for RoPE that goes by the length; without it each
-        document of a row counts as far as the row holds it.
+        document of a row counts as far as the row holds it. `until_BT` is the last position that
+        each token sees: that of its image's last token, or of its prefix's; without it, its own.
         """
-        at = Where(positions_BT, segments_BT)
+        at = Positions(positions_BT, segments_BT, until_BT)
         hidden_BTD, new = self.read(tokens_BT, at, cache, length_B, remat)
         if cache is None:
             return hidden_BTD, None
@@ -92,7 +95,7 @@ class Transformer(nnx.Module):
     def read(
         self,
         tokens_BT: jax.Array,
-        at: Where,
+        at: Positions,
         cache: KVCache | None = None,
         length_B: jax.Array | None = None,
         remat: Remat = "none",
@@ -135,7 +138,9 @@ class Transformer(nnx.Module):
             new, slot = new + (kvs or []), slot + len(blocks)
         return self.final_norm(x_BTD), new
 
-    def write(self, cache: KVCache, new: list[New], at: Where, hidden_BTD: jax.Array) -> KVCache:
+    def write(
+        self, cache: KVCache, new: list[New], at: Positions, hidden_BTD: jax.Array
+    ) -> KVCache:
         """The cache with tokens added that were read: those of segment 0 in `at` are not.
 
         `at` may leave out any of the last tokens of a row.
@@ -143,10 +148,10 @@ class Transformer(nnx.Module):
         # A write that does not depend on the last read is done before it, on a copy of the whole
         # cache; a barrier is gone when XLA decides that. (And no NaN is kept for later tokens.)
         valid_BT = ~jnp.isnan(hidden_BTD[..., 0])
-        at = Where(at.positions_BT, at.segments_BT * valid_BT)
+        at = at._replace(segments_BT=at.segments_BT * valid_BT)
         return cache.write(self._whole(cache, new, at), at, self.rules)
 
-    def _whole(self, cache: KVCache, new: list[New], at: Where) -> list[New]:
+    def _whole(self, cache: KVCache, new: list[New], at: Positions) -> list[New]:
         """`new` without the blocks that only tokens which are left out had made whole."""
         end_BT = jnp.where(at.segments_BT > 0, at.positions_BT + 1, 0)
         end_B1 = jnp.maximum(cache.seen_B, end_BT.max(axis=1))[:, None]
@@ -158,7 +163,7 @@ class Transformer(nnx.Module):
             size, step = (spec.compress, spec.step) if spec.kind == "nsa" else (spec.block,) * 2
             number_LBE, segments_LBE = x.blocks.at
             is_whole_LBE = number_LBE * step + size <= end_B1[None]
-            blocks = x.blocks._replace(at=Where(number_LBE, segments_LBE * is_whole_LBE))
+            blocks = x.blocks._replace(at=Positions(number_LBE, segments_LBE * is_whole_LBE))
             return x._replace(blocks=blocks)
 
         return [whole(x, spec) for x, spec in zip(new, specs, strict=True)]
@@ -203,7 +208,7 @@ class Transformer(nnx.Module):
         return cap * jnp.tanh(logits_V / cap) if cap else logits_V
 
 
-def document_lengths(at: Where, rules: Rules) -> jax.Array:
+def document_lengths(at: Positions, rules: Rules) -> jax.Array:
     """Returns for each token, [B, T], the length of its document up to the end of the row.
 
     The tokens of a document may lie on several shards of `length`, in any order.
@@ -221,7 +226,7 @@ def document_lengths(at: Where, rules: Rules) -> jax.Array:
         return lengths[row_B1, segments_BT]
 
     tokens = rules("batch", "length")
-    return jax.shard_map(local, in_specs=(tokens, tokens), out_specs=tokens)(*at)
+    return jax.shard_map(local, in_specs=(tokens, tokens), out_specs=tokens)(*at[:2])
 
 
 def _scan(group: Callable, carry: Any, blocks: Any, layers: int) -> tuple[Any, Any]:

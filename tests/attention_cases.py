@@ -9,6 +9,17 @@ import zlib
 
 import numpy as np
 
+from model.attention.mask import (
+    Bidirectional,
+    BlockSparse,
+    Chunk,
+    Dilated,
+    Full,
+    Mask,
+    Prefix,
+    Window,
+)
+
 B, T, H = 2, 40, 8  # 40 is no multiple of the 16 to which tests set the kernels' blocks
 
 
@@ -26,6 +37,8 @@ class Case:
     stride: int = 0
     sinks: int = 0
     prefix: int = 0
+    dilation: int = 0
+    until: str = ""  # a key of UNTIL
     sink_logit: bool = False
     alibi: float = 0.0
     N: int = 4
@@ -38,12 +51,27 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Positions and segments of queries [B, T] and keys [B, S]."""
+    """Positions and segments of queries [B, T] and of keys [B, S], and the queries' `until`."""
 
     q_positions: np.ndarray
     q_segments: np.ndarray
     k_positions: np.ndarray
     k_segments: np.ndarray
+    q_until: np.ndarray | None = None
+
+
+def groups(positions: np.ndarray) -> np.ndarray:
+    """How far queries see if tokens 3 to 5 of a document see each other, 9 to 11, and so on."""
+    is_group = positions // 3 % 2 == 1
+    return np.where(is_group, positions // 3 * 3 + 2, positions)
+
+
+def prefixes(positions: np.ndarray) -> np.ndarray:
+    """How far queries see in a prefix-LM with prefixes of 5 tokens in row 0, 12 in row 1, ..."""
+    return np.maximum(positions, 4 + 7 * np.arange(len(positions))[:, None])
+
+
+UNTIL = {"groups": groups, "prefixes": prefixes}
 
 
 def documents(*rows: tuple[int, ...], length: int = T) -> tuple[np.ndarray, np.ndarray]:
@@ -136,6 +164,12 @@ CASES = (
     Case("cache", window=9, sinks=4, alibi=1.0),
     Case("packed", prefix=11),
     Case("shuffled", prefix=11),
+    Case("packed", window=4, dilation=3),
+    Case("cache", window=5, dilation=4),
+    Case("one", until="prefixes"),
+    Case("packed", until="groups"),
+    Case("shuffled", window=7, until="groups"),
+    Case("zigzag", block=3, local=1, stride=3, until="groups"),
     Case("padded", alibi=1.0),
     Case("zigzag", alibi=1.0, window=13, sink_logit=True),
     Case("future", sink_logit=True),
@@ -145,11 +179,28 @@ CASES = (
 def inputs(case: Case) -> tuple[Tokens, tuple[np.ndarray, ...]]:
     """Where the tokens stand, and random (q, k, v, dout) in float32."""
     tokens = LAYOUTS[case.layout]()
+    if case.until:
+        tokens = dataclasses.replace(tokens, q_until=UNTIL[case.until](tokens.q_positions))
     random = np.random.default_rng(zlib.crc32(str(case).encode()))
     q_shape = (*tokens.q_positions.shape, case.N, H)
     k_shape = (*tokens.k_positions.shape, case.K, H)
     arrays = (random.standard_normal(s) for s in (q_shape, k_shape, k_shape, q_shape))
     return tokens, tuple(x.astype(np.float32) for x in arrays)
+
+
+def mask(case: Case) -> Mask:
+    """What the model makes of the case."""
+    if not case.causal:
+        return Bidirectional(case.window)
+    if case.prefix:
+        return Prefix(case.prefix)
+    if case.dilation:
+        return Dilated(case.window, case.dilation)
+    if case.chunk:
+        return Chunk(case.chunk, sinks=case.sinks)
+    if case.block:
+        return BlockSparse(case.block, case.local, case.stride, sinks=case.sinks)
+    return Window(case.window, sinks=case.sinks) if case.window else Full()
 
 
 def heads(case: Case) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -194,7 +245,8 @@ def sees(case: Case, tokens: Tokens, row: int, query: int, key: int) -> bool:
     if not 0 < tokens.q_segments[row, query] == tokens.k_segments[row, key]:
         return False
     q, k = int(tokens.q_positions[row, query]), int(tokens.k_positions[row, key])
-    if case.causal and k > q and k >= case.prefix:
+    until = q if tokens.q_until is None else tokens.q_until[row, query]
+    if case.causal and k > until and k >= case.prefix:
         return False
     if k < case.sinks:
         return True
@@ -204,4 +256,6 @@ def sees(case: Case, tokens: Tokens, row: int, query: int, key: int) -> bool:
         blocks_back = q // case.block - k // case.block
         on_stride = case.stride > 0 and blocks_back % case.stride == 0
         return blocks_back < case.local or on_stride
+    if case.dilation:
+        return (q - k) % case.dilation == 0 and q - k <= (case.window - 1) * case.dilation
     return case.window == 0 or (q - k if case.causal else abs(q - k)) < case.window

@@ -6,14 +6,15 @@ from typing import get_args
 
 import jax
 import numpy as np
-from attention_cases import documents
+from attention_cases import UNTIL, documents
 from conftest import make_mesh
 from tolerances import assert_close
 
 from core import layout, sharding
 from core.sharding import Layout
 from model.attention import attend
-from model.attention.spec import AttentionSpec, Heads, Where
+from model.attention.mask import Positions
+from model.attention.spec import AttentionSpec, Heads
 
 H = 8
 RESULTS = "out", "dq", "dk", "dv", "dsink"
@@ -32,11 +33,13 @@ class Run:
     ulysses: int = 1
     order: str = "contiguous"
     kernel: str = "chunked"
+    until: str = ""  # a key of UNTIL
 
     @property
     def alone(self) -> "Run":
         """The same on one device, every score at once."""
-        return Run(self.spec, self.rows, self.length, self.heads, kernel="reference")
+        what = self.spec, self.rows, self.length, self.heads
+        return Run(*what, kernel="reference", until=self.until)
 
 
 @functools.cache
@@ -52,8 +55,10 @@ def results(run: Run) -> tuple[np.ndarray | None, ...]:
     with jax.set_mesh(make_mesh(run.sizes)):
         rules = sharding.training(run.strategy, run.ulysses, run.order)
         places = layout.order(run.order, run.length, rules.ring_size())
-        at = (x[:, places] for x in documents(*run.rows, length=run.length))
-        at = Where(*(jax.device_put(x, rules("batch", "length")) for x in at))
+        at = documents(*run.rows, length=run.length)
+        if run.until:
+            at = *at, UNTIL[run.until](at[0])
+        at = Positions(*(jax.device_put(x[:, places], rules("batch", "length")) for x in at))
         place = rules("batch", "length", "act_heads", None)
         q, k, v, dout = (jax.device_put(x[:, places], place) for x in arrays)
         heads = Heads(sink, slope)

@@ -102,8 +102,8 @@ def test_unknown_field_without_a_near_name_lists_all():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(kind="sliding"), "kind='sliding' with window=0: a window goes with kind='sliding'"),
-        (dict(window=4), "kind='full' with window=4: a window goes with kind='sliding'"),
+        (dict(kind="sliding"), "kind='sliding' with window=0: window belongs to kind='sliding'"),
+        (dict(window=4), "kind='full' with window=4: window belongs to kind='sliding'"),
     ],
 )
 def test_attention_spec_contradictions(fields, message):

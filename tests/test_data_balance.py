@@ -13,8 +13,7 @@ from conftest import make_mesh
 from core import layout, sharding
 from core.sharding import Layout
 from data import balance, loader
-from model.attention import blocks
-from model.attention.spec import Mask, Where
+from model.attention.mask import Full, Positions, Window, bounds
 
 LAYOUTS = get_args(Layout)
 LENGTH, SHARDS = 32768, 8
@@ -39,7 +38,7 @@ def packed(median: int, rows: int = 64, length: int = LENGTH) -> np.ndarray:
 )
 @pytest.mark.parametrize("every_hop", [True, False])
 def test_balance_counts_the_tiles_that_kernels_visit(name, shards, tile, windows, every_hop):
-    """Restated with the kernels' own `meets`, pair by pair of tiles, and with `Mask.allowed`."""
+    """Restated with the kernels' own `may_see`, pair by pair of tiles, and with `Mask.pairs`."""
     segments = packed(11, rows=2, length=96)
     segments[1, -13:] = 0
     order = layout.order(name, 96, shards)
@@ -48,15 +47,18 @@ def test_balance_counts_the_tiles_that_kernels_visit(name, shards, tile, windows
         first = np.r_[0, np.flatnonzero(np.diff(row)) + 1]
         positions = np.arange(96) - np.repeat(first, np.diff(first, append=96))
         at = [jnp.asarray(x[order].reshape(-1, 1, tile)) for x in (positions, row)]
-        ends = blocks.ends(Where(*at))
+        of_tiles = bounds(Positions(*at))
         for window in windows:
-            mask = Mask(window=window)
-            pairs = positions[:, None], positions[None], row[:, None], row[None]
-            seen += int(mask.allowed(*pairs).sum())
-            q_ends, k_ends = ([[x[:, None], x[None]][i] for x in sum(ends, ())] for i in (0, 1))
-            q_ends, k_ends = ((Where(*e[:2]), Where(*e[2:])) for e in (q_ends, k_ends))
-            meets = np.asarray(blocks.meets(mask, q_ends, k_ends)).reshape(shards, n, shards, n)
-            visits = meets.sum((1, 3)).tolist()
+            mask = Window(window) if window else Full()
+            queries = Positions(positions[:, None], row[:, None])
+            seen += int(mask.pairs(queries, Positions(positions[None], row[None])).sum())
+            q_bounds, k_bounds = (
+                jax.tree.map(lambda x, axis=axis: jnp.expand_dims(x, axis), of_tiles)
+                for axis in (1, 0)
+            )
+            visited = np.asarray(mask.may_see(q_bounds, k_bounds))
+            visited = visited.reshape(shards, n, shards, n)
+            visits = visited.sum((1, 3)).tolist()
             by_hop = [[visits[i][i - hop] for i in range(shards)] for hop in range(shards)]
             worst = sum(map(max, by_hop)) if every_hop else max(map(sum, visits))
             paid += shards * worst * tile**2

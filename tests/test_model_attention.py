@@ -1,6 +1,5 @@
 """Every kernel, strategy and cache against one float64 oracle, over tests/attention_cases.py."""
 
-import dataclasses
 import functools
 
 import attention_cases
@@ -15,7 +14,8 @@ from tolerances import assert_close
 from model.attention import blocks, chunked, decode, local, reference
 from model.attention.blocks import Pair
 from model.attention.kernels import KERNELS
-from model.attention.spec import Heads, Mask, Where
+from model.attention.mask import Full, Mask, Positions, Window
+from model.attention.spec import Heads
 
 BLOCK = 16
 IDS = [str(case) for case in CASES]
@@ -32,6 +32,8 @@ SPLASH_CASES = {
     Case("shuffled", window=5, sinks=3, sink_logit=True),
     Case("packed", block=3, local=2, stride=3),
     Case("packed", prefix=11),
+    Case("packed", window=4, dilation=3),
+    Case("shuffled", window=7, until="groups"),
     Case("padded", alibi=1.0),
 }
 GPU_CASES = {  # the masks are those of splash, evaluated by the same lines
@@ -40,6 +42,7 @@ GPU_CASES = {  # the masks are those of splash, evaluated by the same lines
     Case("cache", window=30),
     Case("future", window=7),
     Case("packed", block=3, local=2, stride=3),
+    Case("shuffled", window=7, until="groups"),
     Case("padded", alibi=1.0),
 }
 QUICK = {"splash": SPLASH_CASES, "gpu": GPU_CASES}
@@ -66,12 +69,12 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(decode, "BLOCK", 8)
 
 
-def where(positions, segments) -> Where:
-    return Where(jnp.asarray(positions), jnp.asarray(segments))
+def where(*at) -> Positions:
+    return Positions(*(x if x is None else jnp.asarray(x) for x in at))
 
 
-def query_and_key_places(tokens) -> tuple[Where, Where]:
-    q_at = where(tokens.q_positions, tokens.q_segments)
+def query_and_key_places(tokens) -> tuple[Positions, Positions]:
+    q_at = where(tokens.q_positions, tokens.q_segments, tokens.q_until)
     return q_at, where(tokens.k_positions, tokens.k_segments)
 
 
@@ -93,8 +96,7 @@ def compiled(kernel: str, mask: Mask, softcap: float):
 def run(kernel: str, case: Case, dtype=jnp.float32):
     tokens, arrays = attention_cases.inputs(case)
     arrays = [jnp.asarray(x, dtype) for x in arrays]
-    names = [field.name for field in dataclasses.fields(Mask)]
-    mask = Mask(**{name: getattr(case, name) for name in names})
+    mask = attention_cases.mask(case)
     heads = Heads(*attention_cases.heads(case))
     places = query_and_key_places(tokens)
     results = compiled(kernel, mask, case.softcap)(*arrays, *places, heads)
@@ -150,7 +152,7 @@ def test_bfloat16(kernel):
     expected_out, expected_lse = attention_cases.oracle(case, tokens, q, k, v)
     assert_close(out, expected_out, "attention", "bfloat16", "out")
     assert_close(lse, expected_lse, "attention", "bfloat16", "lse")
-    mask = Mask(window=case.window)
+    mask = Window(case.window)
     exact = compiled("reference", mask, case.softcap)(
         *map(jnp.asarray, (q, k, v, dout)), *query_and_key_places(tokens), Heads()
     )
@@ -178,7 +180,7 @@ def test_tiles_out_of_reach_are_never_touched(kernel):
     shape = (1, end, 1, attention_cases.H)
     q, k, v, dout = np.random.default_rng(0).standard_normal((4, *shape)).astype(np.float32)
     at = where(*documents((document, end - document), length=end))
-    run_it = compiled(kernel, Mask(window=2 * BLOCK), 0.0)
+    run_it = compiled(kernel, Window(2 * BLOCK), 0.0)
 
     def spoilt(x, start, stop):
         x = x.copy()
@@ -210,10 +212,10 @@ def test_the_log_sum_exp_has_a_gradient():
     draw, T, N, H = np.random.default_rng(0), 20, 4, 8
     q, k, v, weight = (jnp.asarray(draw.standard_normal((1, T, N, H)), "float32") for _ in "qkvw")
     sink_N = jnp.linspace(-1.0, 1.0, N)
-    at = Where(*(jnp.asarray(x) for x in documents((T,), length=T)))
+    at = Positions(*(jnp.asarray(x) for x in documents((T,), length=T)))
 
     def ours(q, k, v, sink_N):
-        pair = Pair(chunked, Mask(), H**-0.5, 0.0)
+        pair = Pair(chunked, Full(), H**-0.5, 0.0)
         out, lse = local.with_lse(pair, q, k, v, Heads(sink_N), at, at)
         return (out * weight).sum() + jnp.sin(lse).sum()
 
@@ -232,11 +234,11 @@ def test_the_log_sum_exp_has_a_gradient():
 
 def test_chunked_memory_grows_with_the_length_not_its_square():
     def loss(q, k, v, at):
-        return local.attention(Pair(chunked, Mask(), 1.0, 0.0), q, k, v, Heads(), at, at).sum()
+        return local.attention(Pair(chunked, Full(), 1.0, 0.0), q, k, v, Heads(), at, at).sum()
 
     def temporary_bytes(length):
         x = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
-        at = Where(*[jax.ShapeDtypeStruct((1, length), jnp.int32)] * 2)
+        at = Positions(*[jax.ShapeDtypeStruct((1, length), jnp.int32)] * 2)
         lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x, at)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
@@ -263,7 +265,7 @@ def test_cache_and_new_tokens_merge_to_attention_over_both(window, softcap):
     segments[1, 4:] = 0
     rows = np.arange(2)[:, None]
     stored = decode.Stored(*map(jnp.asarray, (*cached, at_BS, layer, seen)))
-    pair = Pair(reference, Mask(window=window), H**-0.5, softcap)
+    pair = Pair(reference, Window(window) if window else Full(), H**-0.5, softcap)
     at = where(positions, segments)
 
     @jax.jit

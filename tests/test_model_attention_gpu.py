@@ -13,16 +13,17 @@ from jax.sharding import AbstractDevice
 from core import sharding
 from model.attention import attend, blocks, gpu, gpu_call, kernels
 from model.attention.blocks import Pair
-from model.attention.spec import Heads, Mask, Where, sliding
+from model.attention.mask import Bidirectional, BlockSparse, Chunk, Full, Positions, Prefix, Window
+from model.attention.spec import Heads, sliding
 
 MASKS = (
-    Mask(),
-    Mask(causal=False),
-    Mask(window=17, sinks=6),
-    Mask(causal=False, window=9),
-    Mask(chunk=9),
-    Mask(block=3, local=2, stride=3, sinks=4),
-    Mask(prefix=11),
+    Full(),
+    Bidirectional(),
+    Window(17, sinks=6),
+    Bidirectional(9),
+    Chunk(9),
+    BlockSparse(3, 2, 3, sinks=4),
+    Prefix(11),
 )
 
 
@@ -34,10 +35,9 @@ def test_the_lists_hold_what_the_mask_allows(mask, by_keys):
     listed = jax.jit(gpu_call.tile_lists, static_argnums=(0, 3, 4, 5))
     for layout in ("one", "packed", "padded", "shuffled", "zigzag"):
         tokens = attention_cases.LAYOUTS[layout]()
-        at = Where(tokens.q_positions, tokens.q_segments)
-        q_at, k_at = (x[:, :, None] for x in at), (x[:, None, :] for x in at)
-        (q_positions, q_segments), (k_positions, k_segments) = q_at, k_at
-        allowed = np.asarray(mask.allowed(q_positions, k_positions, q_segments, k_segments))
+        at = Positions(tokens.q_positions, tokens.q_segments)
+        q_at, k_at = (x[:, :, None] for x in at[:2]), (x[:, None, :] for x in at[:2])
+        allowed = np.asarray(mask.pairs(Positions(*q_at), Positions(*k_at)))
         allowed = allowed.reshape(len(allowed), attention_cases.T // R, R, -1, C).swapaxes(2, 3)
         tiles_BYZ, counts_BY2 = (np.asarray(x) for x in listed(mask, at, at, R, C, by_keys))
         if by_keys:
@@ -49,18 +49,18 @@ def test_the_lists_hold_what_the_mask_allows(mask, by_keys):
             assert allowed[row, y, found[:whole]].all()
             assert not allowed[row, y, found[every:]].any()
             wholes += whole
-    assert wholes or mask.near < 7, "tiles where no mask is needed exist"
+    assert wholes or 0 < mask.extent < 7, "tiles where no mask is needed exist"
 
 
 def test_the_lists_grow_with_what_is_seen():
     """Causal rows visit half of the tiles, and need the mask on the diagonal alone."""
     num_blocks, block = 32, 16
-    at = Where(*map(jnp.asarray, documents((num_blocks * block,), length=num_blocks * block)))
+    at = Positions(*map(jnp.asarray, documents((num_blocks * block,), length=num_blocks * block)))
     for by_keys in (False, True):
-        _, counts_BY2 = gpu_call.tile_lists(Mask(), at, at, block, block, by_keys)
+        _, counts_BY2 = gpu_call.tile_lists(Full(), at, at, block, block, by_keys)
         assert counts_BY2[0, :, 1].sum() == num_blocks * (num_blocks + 1) / 2
         assert (counts_BY2[0, :, 1] - counts_BY2[0, :, 0] == 1).all()
-        _, counts_BY2 = gpu_call.tile_lists(Mask(window=2 * block), at, at, block, block, by_keys)
+        _, counts_BY2 = gpu_call.tile_lists(Window(2 * block), at, at, block, block, by_keys)
         assert counts_BY2[..., 1].sum() == 3 * num_blocks - 3
 
 
@@ -80,7 +80,7 @@ def both(pair: Pair, q, k, v, dout, at, heads):
 def program(mask, H, dtype, alibi=False, softcap=0.0, T=200):
     """Of forward and backward for CUDA, as text; no GPU is needed to write it."""
     q, k = (jax.ShapeDtypeStruct((2, T, n, H), dtype) for n in (8, 2))
-    at = Where(*[jax.ShapeDtypeStruct((2, T), jnp.int32)] * 2)
+    at = Positions(*[jax.ShapeDtypeStruct((2, T), jnp.int32)] * 2)
     heads = Heads(None, jax.ShapeDtypeStruct((8,), jnp.float32) if alibi else None)
     run = jax.jit(both, static_argnums=0)
     with mesh_of_gpus():
@@ -108,7 +108,7 @@ def test_each_kind_is_a_program_for_cuda(mask, H, dtype):
     ids=str,
 )
 def test_each_width_is_a_program_for_cuda(how):
-    check(program(Mask(), **how))
+    check(program(Full(), **how))
 
 
 def check(text: str, times: int = 1, loops: bool = False) -> None:
@@ -130,7 +130,7 @@ def test_a_ring_is_a_program_for_cuda():
 
         names = "batch", "length", "act_heads", None
         q, k = (shaped((1, 512, n, 64), jnp.bfloat16, *names) for n in (8, 2))
-        at = Where(*[shaped((1, 512), jnp.int32, "batch", "length")] * 2)
+        at = Positions(*[shaped((1, 512), jnp.int32, "batch", "length")] * 2)
 
         @jax.jit
         def run(q, k, v, dout, at):
@@ -148,7 +148,7 @@ def test_a_list_too_long_is_refused(monkeypatch):
     """Two rows of 2 x 7 tiles; no other test has this length, whose program JAX would keep."""
     monkeypatch.setattr(gpu_call, "MAX_TILES", 27)
     with pytest.raises(NotImplementedError, match=r"(?s)'gpu'.*28 entries.*mesh.seq.*'chunked'"):
-        program(Mask(), 64, "bfloat16", T=199)
+        program(Full(), 64, "bfloat16", T=199)
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,20 @@ from conftest import sampled, small_tiles
 from core import sharding
 from core.config import UserError
 from model.attention import cached, chunked
+from model.attention.mask import Positions
 from model.attention.spec import (
     AttentionSpec,
     bidirectional,
     block_sparse,
+    dilated,
     full,
+    moba,
     prefix,
     sliding,
+    stream,
 )
 from model.attention.spec import chunked as in_chunks
+from model.attention.strategies import Call
 from model.rope import Rope
 
 LENGTH, N, K, H = 48, 4, 2, 8
@@ -28,6 +33,7 @@ KINDS = {
     "chunked": in_chunks(10, sink_logit=True),
     "sliding": sliding(5, sinks=3, sink_logit=True, alibi=1.0),
     "block_sparse": block_sparse(3, 2, stride=3, sinks=4),
+    "dilated": dilated(4, 3),
     "prefix": prefix(9, alibi=1.0),
 }
 SPREADS = {  # (strategy, neighbours that exchange heads, mesh)
@@ -71,10 +77,24 @@ def test_pallas_with_every_kind_over_every_strategy(kind, spread, kernel):
     check(kind, spread, kernel)
 
 
-def check(kind, spread, kernel):
+@pytest.mark.parametrize(
+    ("spec", "spread", "order", "until"),
+    [
+        (sliding(5), "ring", "zigzag", "groups"),
+        (full(), "ring x ulysses", "contiguous", "groups"),
+        (full(softcap=2.0), "allgather", "striped", "prefixes"),
+        (sliding(7), "ulysses", "contiguous", "prefixes"),
+    ],
+)
+def test_tokens_that_see_later_ones_over_every_strategy(spec, spread, order, until):
+    """Also where those stand on another shard than a window would reach."""
+    check(spec, spread, "chunked", order=order, until=until)
+
+
+def check(kind, spread, kernel, **how):
     strategy, ulysses, sizes = SPREADS[spread]
-    how = dict(strategy=strategy, ulysses=ulysses, sizes=sizes, kernel=kernel)
-    run = Run(KINDS[kind], ((7, 1, 28, 12), (LENGTH,)), LENGTH, (N, K), **how)
+    how |= dict(strategy=strategy, ulysses=ulysses, sizes=sizes, kernel=kernel)
+    run = Run(KINDS.get(kind, kind), ((7, 1, 28, 12), (LENGTH,)), LENGTH, (N, K), **how)
     assert all(np.abs(x).max() > 0 for x in results(run) if x is not None)
     assert_equal_to_one_device(run)
 
@@ -83,17 +103,28 @@ def check(kind, spread, kernel):
     ("fields", "message"),
     [
         (dict(kind="sliding"), "kind='sliding' with window=0"),
-        (dict(window=4), "window goes with kind='sliding'"),
-        (dict(kind="chunked", window=4), "window goes with kind='sliding'"),
+        (dict(window=4), "window belongs to kind='sliding'"),
+        (dict(window=4, kind="bidirectional", top=2), "top belongs to kind='moba'"),
         (dict(kind="block_sparse", block=4), "local=0"),
-        (dict(kind="sliding", window=4, stride=2), "stride=2 goes with kind='block_sparse'"),
-        (dict(sinks=2), "sinks=2: kind='full' sees the first tokens anyway"),
+        (
+            dict(kind="sliding", window=4, stride=2),
+            "stride=2: stride belongs to kind='block_sparse'",
+        ),
+        (dict(sinks=2), "sinks=2: sinks belongs to kind='sliding' or"),
         (dict(alibi=1.0, softcap=3.0), "alibi with a softcap"),
     ],
 )
 def test_fields_that_do_not_go_together(fields, message):
     with pytest.raises(UserError, match=message):
         AttentionSpec(**fields)
+
+
+@pytest.mark.parametrize("spec", [moba(4, 2), stream(4, 2)])
+def test_until_is_refused_where_the_past_is_chosen_from(spec):
+    q = jnp.zeros((1, 8, N, H))
+    at = Positions(*jnp.zeros((3, 1, 8), jnp.int32))
+    with pytest.raises(NotImplementedError, match=f"kind='{spec.kind}' with tokens that see later"):
+        Call.of(q, q, at, spec, "reference", sharding.whole())
 
 
 @pytest.mark.parametrize(

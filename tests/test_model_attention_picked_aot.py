@@ -9,9 +9,10 @@ from core.aot import slice_devices
 from core.sharding import MeshConfig, make_mesh
 from model.attention import reference
 from model.attention.blocks import Pair
+from model.attention.mask import Full, Positions
 from model.attention.pairs import Pairs
 from model.attention.picked_tpu import PickedTpu
-from model.attention.spec import Heads, Mask, Where
+from model.attention.spec import Heads
 
 pytestmark = pytest.mark.usefixtures("compile_only")
 
@@ -22,7 +23,7 @@ MOBA = dict(M=4, K=2, block=512, alibi=True)
 
 def kernels(topology, M, K, block, softcap=0.0, alibi=False, T=256, H=128, dtype="bfloat16"):
     """Names of the kernels in the program of forward and backward, of 4 query heads."""
-    picked = PickedTpu(Pair(reference, Mask(), H**-0.5, softcap), block, length=T)
+    picked = PickedTpu(Pair(reference, Full(), H**-0.5, softcap), block, length=T)
 
     def both(q, k, v, heads, at, *done):
         args = q, k, v, heads._replace(chosen=Pairs.of(heads.chosen, at)), at, at
@@ -37,7 +38,7 @@ def kernels(topology, M, K, block, softcap=0.0, alibi=False, T=256, H=128, dtype
         q, k = (shaped((1, T, n, H), dtype) for n in (4, K))
         slope = shaped((4,), jnp.float32) if alibi else None
         heads = Heads(slope_N=slope, chosen=shaped((1, T, M, 3), jnp.int32))
-        at = Where(*[shaped((1, T), jnp.int32)] * 2)
+        at = Positions(*[shaped((1, T), jnp.int32)] * 2)
         lse = shaped((1, T, 4), jnp.float32)
         run = jax.shard_map(both, in_specs=jax.P(), out_specs=jax.P())
         traced = jax.jit(run).trace(q, k, k, heads, at, q, lse, lse)

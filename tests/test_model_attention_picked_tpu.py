@@ -17,11 +17,12 @@ from tolerances import assert_close
 from core.config import Unsupported
 from model.attention import blocks, picked_call, picked_steps, picked_tpu, reference
 from model.attention.blocks import Pair
+from model.attention.mask import Full, Positions
 from model.attention.pairs import Pairs, Run
 from model.attention.picked import Picked
 from model.attention.picked_call import Call
 from model.attention.picked_tpu import PickedTpu
-from model.attention.spec import Heads, Mask, Where
+from model.attention.spec import Heads
 
 LENGTH, H = 40, 8
 DOCUMENTS = (LENGTH,), (7, 1, 20, 3, 3), ()
@@ -83,7 +84,7 @@ def inputs(case: Case) -> tuple:
     return (
         *(jnp.asarray(x, case.dtype) for x in (q[:, q_order], k[:, k_order], v[:, k_order])),
         Heads(slope_N=slope, chosen=chosen[:, q_order]),
-        *(Where(*(x[:, order] for x in at)) for order in (q_order, k_order)),
+        *(Positions(*(x[:, order] for x in at)) for order in (q_order, k_order)),
         jnp.asarray(dout[:, q_order], case.dtype),
     )
 
@@ -99,7 +100,7 @@ def attended(picked, q, k, v, heads, q_at, k_at, dout):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_equal_tiles(case):
-    pair = Pair(reference, Mask(), H**-0.5, case.softcap)
+    pair = Pair(reference, Full(), H**-0.5, case.softcap)
     actual, expected = (
         attended(of(pair, case.block, LENGTH), *inputs(case)) for of in (PickedTpu, Picked)
     )
@@ -138,7 +139,7 @@ def test_a_step_begins_with_each_block_and_each_tile():
 
 def test_blocks_too_long_for_vector_memory_are_refused(monkeypatch):
     monkeypatch.undo()
-    pair = Pair(reference, Mask(), 1.0, 0.0)
+    pair = Pair(reference, Full(), 1.0, 0.0)
     call = Call.of(pair, 1, 512, 2**17, alibi=False)
     with pytest.raises(Unsupported, match="choose a smaller block"):
         call.memory(picked_tpu.picked_kernel.forward, {"q_RH": jnp.zeros((1, 512, 128))})

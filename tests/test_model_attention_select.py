@@ -33,9 +33,9 @@ from model.attention import (
     strategies,
 )
 from model.attention.blocks import Pair
+from model.attention.mask import Positions
 from model.attention.picked import Picked
-from model.attention.seen import keys_seen
-from model.attention.spec import AttentionSpec, Heads, Where
+from model.attention.spec import AttentionSpec, Heads
 
 LENGTH, N, K, H = 48, 4, 2, 8
 ROWS = (LENGTH,), (7, 1, 20, 12), (), (16, 16, 16)
@@ -146,7 +146,7 @@ def program(how: How, order: str):
             place = rules("batch", "length", "act_heads", None)
             arrays = [jax.device_put(x, place) for x in arrays]
             weights = jax.tree.map(lambda x: jax.device_put(x, rules(None, None)), weights)
-            at = Where(*(jax.device_put(x, rules("batch", "length")) for x in at))
+            at = Positions(*(jax.device_put(x, rules("batch", "length")) for x in at))
             return jax.tree.map(np.asarray, run(*arrays, weights, at))
 
     return call
@@ -278,7 +278,7 @@ def test_work_grows_with_the_blocks_chosen(monkeypatch, shards):
             q, k = (draw.standard_normal((1, length, 1, H), np.float32) for _ in "qk")
             q, k = (jax.device_put(x, place) for x in (q, k))
             at = documents((length,), length=length)
-            at = Where(*(jax.device_put(x, rules("batch", "length")) for x in at))
+            at = Positions(*(jax.device_put(x, rules("batch", "length")) for x in at))
             how = dict(kernel="counted", rules=rules)
             jax.block_until_ready(
                 jax.jit(functools.partial(attend.attend, spec=spec.moba(16, 3), **how))(q, k, k, at)
@@ -294,7 +294,7 @@ def test_work_grows_with_the_blocks_chosen(monkeypatch, shards):
 def test_memory_grows_with_the_length_not_its_square():
     def temporary_bytes(length):
         x = jax.ShapeDtypeStruct((1, length, 2, H), jnp.float32)
-        at = Where(*[jax.ShapeDtypeStruct((1, length), jnp.int32)] * 2)
+        at = Positions(*[jax.ShapeDtypeStruct((1, length), jnp.int32)] * 2)
 
         def total(q, k, v, at):
             how = dict(kernel="chunked", rules=sharding.whole())
@@ -332,7 +332,7 @@ def test_a_scan_over_layers_makes_no_masks_ahead_and_chooses_once(how, kernel):
     with jax.set_mesh(make_mesh((1, shards, 1))):
         q, k = (jax.ShapeDtypeStruct((1, length, n, H), "float32", sharding=place) for n in (N, K))
         at = jax.ShapeDtypeStruct((1, length), "int32", sharding=rules("batch", "length"))
-        traced = jax.make_jaxpr(jax.grad(total))(q, k, Where(at, at))
+        traced = jax.make_jaxpr(jax.grad(total))(q, k, Positions(at, at))
     sizes = [v.aval.size for eqn in traced.eqns for v in eqn.outvars]
     assert max(sizes) <= layers * q.size
     assert str(traced).count(" top_k[") == 1
@@ -360,13 +360,13 @@ def test_keys_seen_are_those_of_the_equations(how):
         counted += seen
     else:
         counted += np.array(seen[:80]).reshape(40, 2).sum(1) + seen[80:]
-    np.testing.assert_array_equal(keys_seen(how, 40), counted)
+    np.testing.assert_array_equal(how.keys_seen(40), counted)
 
 
 def test_sinks_and_slopes_go_with_moba():
     """As with full attention, whose equal it is when all blocks are chosen."""
     arrays = inputs()[0][:3]
-    at = Where(*map(jnp.asarray, documents(*ROWS, length=LENGTH)))
+    at = Positions(*map(jnp.asarray, documents(*ROWS, length=LENGTH)))
     heads = Heads(jnp.linspace(-1, 2, N), 2.0 ** -jnp.arange(1, N + 1))
 
     def out(what):

@@ -23,6 +23,7 @@ KINDS = st.one_of(
         stride=st.integers(0, 4),
         sinks=st.integers(0, 8),
     ),
+    st.builds(spec.dilated, st.integers(1, 9), st.integers(1, 5)),
     st.builds(spec.prefix, st.integers(1, 12), alibi=ALIBI),
     st.builds(spec.bidirectional, sink_logit=st.booleans()),
     st.builds(spec.moba, st.integers(1, 9), st.integers(1, 4)),

@@ -7,7 +7,8 @@ from attention_cases import documents
 
 from core.config import UserError
 from model.attention import select, spec
-from model.attention.spec import AttentionSpec, Where
+from model.attention.mask import Positions
+from model.attention.spec import AttentionSpec
 
 NSA = spec.nsa(block=4, top=4, window=5, compress=4, step=2, softcap=3.0)
 
@@ -22,7 +23,9 @@ def test_slots_hold_every_whole_block_once():
         positions, segments = documents(lengths[:-1], length=120)
         order = draw.permutation(120)
         positions, segments = positions[:, order], segments[:, order]
-        found = select.slots(Where(jnp.asarray(positions), jnp.asarray(segments)), size, step, ())
+        found = select.slots(
+            Positions(jnp.asarray(positions), jnp.asarray(segments)), size, step, ()
+        )
         assert found.segments_BZ.shape == (1, 120 // step)
         blocks = zip(found.segments_BZ[0].tolist(), found.number_BZ[0].tolist(), strict=True)
         expected = [
@@ -45,9 +48,9 @@ def test_slots_hold_every_whole_block_once():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(kind="moba", block=4), "kind='moba' with top=0: a top goes with"),
-        (dict(kind="full", top=3), "kind='full' with top=3: a top goes with kind='moba' or 'nsa'"),
-        (dict(kind="moba", block=4, top=2, step=2), "a step goes with kind='nsa'"),
+        (dict(kind="moba", block=4), "kind='moba' with top=0: top belongs to"),
+        (dict(kind="full", top=3), "kind='full' with top=3: top belongs to kind='moba' or 'nsa'"),
+        (dict(kind="moba", block=4, top=2, step=2), "step belongs to kind='nsa'"),
         (dict(kind="nsa", block=4, top=3, window=4, compress=4), "kind='nsa' with step=0"),
         (dict(NSA.__dict__, compress=5), "compress=5: a multiple of step=2"),
         (dict(NSA.__dict__, block=5), "block=5: a multiple of step=2"),

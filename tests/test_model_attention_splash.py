@@ -14,28 +14,29 @@ from tolerances import assert_close
 from core import sharding
 from model.attention import attend, blocks, kernels, reference, splash, splash_call, splash_tiles
 from model.attention.blocks import Pair
-from model.attention.spec import Heads, Mask, Where, full
+from model.attention.mask import Bidirectional, BlockSparse, Chunk, Full, Positions, Prefix, Window
+from model.attention.spec import Heads, full
 
 BLOCK = 16
 ENDS = splash_tiles.FIRST | splash_tiles.LAST
 MASKS = (
-    Mask(),
-    Mask(causal=False),
-    Mask(window=5),
-    Mask(window=17, sinks=6),
-    Mask(causal=False, window=9),
-    Mask(chunk=9),
-    Mask(chunk=16, sinks=3),
-    Mask(block=3, local=2),
-    Mask(block=3, local=2, stride=3, sinks=4),
-    Mask(prefix=11),
+    Full(),
+    Bidirectional(),
+    Window(5),
+    Window(17, sinks=6),
+    Bidirectional(9),
+    Chunk(9),
+    Chunk(16, sinks=3),
+    BlockSparse(3, 2),
+    BlockSparse(3, 2, 3, sinks=4),
+    Prefix(11),
 )
 
 
 def rows(positions, segments):
     """[B, 8, T], as the kernels take it."""
-    rest = np.zeros((len(positions), 6, positions.shape[1]), np.int32)
-    return np.concatenate([positions[:, None], segments[:, None], rest], axis=1)
+    at_B3T = np.stack([positions, segments, positions], axis=1)
+    return np.pad(at_B3T, ((0, 0), (0, 5), (0, 0)))
 
 
 def entries(mask, q_at, k_at, R, C):
@@ -63,8 +64,7 @@ def test_the_list_holds_what_the_mask_allows(mask):
         tokens = attention_cases.LAYOUTS[layout]()
         at, R, C = (tokens.q_positions, tokens.q_segments), 4, 2
         places = (x[:, :, None] for x in at), (x[:, None, :] for x in at)
-        (q_positions, q_segments), (k_positions, k_segments) = places
-        allowed = np.asarray(mask.allowed(q_positions, k_positions, q_segments, k_segments))
+        allowed = np.asarray(mask.pairs(*(Positions(*place) for place in places)))
         allowed = allowed.reshape(len(allowed), attention_cases.T // R, R, -1, C)
         found, _ = entries(mask, at, at, R, C)
         for row, tiles in enumerate(found):
@@ -78,25 +78,25 @@ def test_the_list_holds_what_the_mask_allows(mask):
                 row_flags[0] -= splash_tiles.FIRST
                 row_flags[-1] -= splash_tiles.LAST
                 assert not any(row_flags)
-    assert wholes or mask.near < 7, "tiles where no mask is needed exist"
+    assert wholes or 0 < mask.extent < 7, "tiles where no mask is needed exist"
 
 
 def test_the_grid_grows_with_what_is_seen():
     """Causal rows visit half of the tiles; a window, or documents, a few a query block."""
     num_blocks, block = 64, 128
     at = documents((num_blocks * block,), length=num_blocks * block)
-    found, count = entries(Mask(), at, at, block, block)
+    found, count = entries(Full(), at, at, block, block)
     assert count == num_blocks * (num_blocks + 1) / 2
     masked = sum(bool(flags & splash_tiles.PARTIAL) for flags in found[0].values())
     assert masked == num_blocks, "the diagonal alone"
-    assert entries(Mask(window=2 * block), at, at, block, block)[1] == 3 * num_blocks - 3
+    assert entries(Window(2 * block), at, at, block, block)[1] == 3 * num_blocks - 3
     packed = documents((4 * block,) * 16, length=num_blocks * block)
-    assert entries(Mask(), packed, packed, block, block)[1] == 16 * 10
+    assert entries(Full(), packed, packed, block, block)[1] == 16 * 10
 
 
 def test_the_grid_of_rows_is_that_of_the_fullest():
     at = documents((8 * BLOCK,), (BLOCK,), (), length=8 * BLOCK)
-    found, count = entries(Mask(), at, at, BLOCK, BLOCK)
+    found, count = entries(Full(), at, at, BLOCK, BLOCK)
     assert [len(tiles) for tiles in found] == [36, 8, 8] and count == 36
 
 
@@ -105,10 +105,10 @@ def test_a_list_too_long_is_cut_in_parts(monkeypatch):
     small_tiles(monkeypatch, BLOCK)
     case = Case("packed", window=17, softcap=2.0)
     tokens, (q, k, v, dout) = attention_cases.inputs(case)
-    at = Where(jnp.asarray(tokens.q_positions), jnp.asarray(tokens.q_segments))
+    at = Positions(jnp.asarray(tokens.q_positions), jnp.asarray(tokens.q_segments))
 
     def run(kernel):
-        pair = Pair(kernel, Mask(window=17), 0.3, 2.0)
+        pair = Pair(kernel, Window(17), 0.3, 2.0)
         out, lse = pair.forward(q, k, v, Heads(), at, at)
         done = dout, lse, blocks.delta(out, dout)
         return out, lse, *pair.backward(q, k, v, Heads(), at, at, *done)
@@ -132,7 +132,7 @@ def test_the_log_says_what_runs_on_a_cpu(kernel, caplog):
     with jax.set_mesh(make_mesh((1, 1, 1))), caplog.at_level(logging.INFO, "cakrawala"):
         rules = sharding.training()
         q = jax.device_put(np.zeros((1, 8, 1, 8)), rules("batch", "length", "act_heads", None))
-        at = Where(*[jax.device_put(np.ones((1, 8), np.int32), rules("batch", "length"))] * 2)
+        at = Positions(*[jax.device_put(np.ones((1, 8), np.int32), rules("batch", "length"))] * 2)
 
         def attended(q, at):
             return attend.attend(q, q, q, at, full(), kernel=kernel, rules=rules)

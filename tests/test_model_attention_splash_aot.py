@@ -8,12 +8,13 @@ from conftest import tpu_kernels
 from core.aot import slice_devices
 from core.sharding import MeshConfig, make_mesh, training
 from model.attention import attend
+from model.attention.mask import Positions
 from model.attention.spec import (
     Heads,
-    Where,
     bidirectional,
     block_sparse,
     chunked,
+    dilated,
     full,
     prefix,
     sliding,
@@ -35,7 +36,7 @@ def kernels(topology, spec, T, H=128, dtype="bfloat16", mesh=(1, 1, 1), strategy
 
         q = shaped((2, T, 8, H), dtype, "batch", "length", "act_heads", None)
         k = shaped((2, T, 2, H), dtype, "batch", "length", "act_kv_heads", None)
-        at = Where(*[shaped((2, T), jnp.int32, "batch", "length")] * 2)
+        at = Positions(*[shaped((2, T), jnp.int32, "batch", "length")] * 2)
         slope = shaped((8,), jnp.float32, "act_heads") if spec.alibi else None
 
         def run(q, k, v, dout, at, heads):
@@ -75,6 +76,7 @@ def test_a_ring_of_each_chip(topology):
         bidirectional(),
         sliding(100, sinks=5, alibi=1.0),
         chunked(100),
+        dilated(30, 3),
         block_sparse(96, 2, stride=3, sinks=4),
         prefix(100),
     ],

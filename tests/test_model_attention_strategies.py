@@ -24,7 +24,8 @@ from core import layout, sharding
 from core.config import UserError
 from core.sharding import Layout
 from model.attention import attend, chunked, kernels, reference
-from model.attention.spec import AttentionSpec, Where, full, sliding
+from model.attention.mask import Positions
+from model.attention.spec import AttentionSpec, full, sliding
 
 LENGTH, H = 48, attention_cases.H
 ROWS = (LENGTH,), (7, 1, 20, 12), (), (16, 16, 16)  # one, packed and padded, padding alone, even
@@ -143,7 +144,7 @@ def program(how: How, order: str):
                 jax.device_put(jnp.asarray(x, how.dtype), p)
                 for x, p in zip((q, k, v, dout), places, strict=True)
             ]
-            at = Where(*(jax.device_put(x, rules("batch", "length")) for x in at))
+            at = Positions(*(jax.device_put(x, rules("batch", "length")) for x in at))
             results = run(*arrays, at)
             assert results[0].sharding.spec == place
             out, dq, dk, dv = (np.asarray(x, np.float32) for x in results)
@@ -251,7 +252,7 @@ def call(rules, spec: AttentionSpec, heads=(2, 1), length=64, kernel="chunked", 
     def total(q, k, v, at):
         return attend.attend(q, k, v, at, spec, kernel=kernel, rules=rules).sum()
 
-    return jax.grad(total, (0, 1, 2)), (q, k, k, Where(at, at))
+    return jax.grad(total, (0, 1, 2)), (q, k, k, Positions(at, at))
 
 
 def place(rules, heads: int = 0):
@@ -287,7 +288,7 @@ def test_hops_out_of_reach_run_no_kernel(monkeypatch, spec, order, lengths, runs
         rules = sharding.training("ring", layout=order)
         gradient, (q, k, v, _) = call(rules, spec, kernel="counted")
         at = [x[:, layout.order(order, 64, 4)] for x in documents(lengths, length=64)]
-        at = Where(*(jax.device_put(x, place(rules)) for x in at))
+        at = Positions(*(jax.device_put(x, place(rules)) for x in at))
         ones = [jax.device_put(np.ones(x.shape, np.float32), x.sharding) for x in (q, k, v)]
         jax.block_until_ready(jax.jit(gradient)(*ones, at))
         jax.effects_barrier()

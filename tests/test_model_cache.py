@@ -21,7 +21,8 @@ from core import sharding
 from core.config import Unsupported
 from model import cache
 from model.attention import cached, decode
-from model.attention.spec import AttentionSpec, Heads, Where
+from model.attention.mask import Positions
+from model.attention.spec import AttentionSpec, Heads
 from model.cache_form import Form
 from model.config import ModelConfig
 
@@ -38,6 +39,7 @@ KINDS = {  # fields that Case and AttentionSpec share
     "chunked-sinks": dict(chunk=4, sinks=2),
     "strided": dict(block=3, local=2, stride=3),
     "block_sparse": dict(block=2, local=2, sinks=6),
+    "dilated": dict(window=4, dilation=3),
     "prefix": dict(prefix=11),
 }
 
@@ -68,7 +70,8 @@ class How:
     @property
     def spec(self) -> AttentionSpec:
         fields = KINDS[self.kind]
-        kinds = dict(window="sliding", chunk="chunked", block="block_sparse", prefix="prefix")
+        kinds = dict(dilation="dilated", window="sliding", chunk="chunked", block="block_sparse")
+        kinds |= dict(prefix="prefix")
         kind = next((kinds[name] for name in kinds if name in fields), "full")
         return AttentionSpec(kind=kind, **fields)
 
@@ -90,6 +93,8 @@ HOWS = (
     How("strided", (1, 2, 1), "ulysses"),
     How("block_sparse", (1, 8, 1)),
     How("block_sparse", (1, 4, 2), "ring"),
+    How("dilated", (1, 8, 1)),
+    How("dilated", (1, 3, 1), "ring"),
     How("prefix", (1, 4, 1)),
     How("prefix", (1, 8, 1), "allgather"),
 )
@@ -123,7 +128,7 @@ def config(how: How) -> ModelConfig:
 
 
 def placed(how: How, first_B: np.ndarray, T: int, end_B: np.ndarray):
-    """((q, k, v) [2, T, heads, H], Where, order): T tokens of each row from `first_B` on.
+    """((q, k, v) [2, T, heads, H], Positions, order): T tokens of each row from `first_B` on.
 
     Where the length is sharded they stand by the shard that keeps them; that is the order.
     """
@@ -132,7 +137,7 @@ def placed(how: How, first_B: np.ndarray, T: int, end_B: np.ndarray):
         [np.argsort((first + np.arange(T)) % P, kind="stable") for first in first_B]
     )
     positions = (first_B[:, None] + offset_BT).astype(np.int32)
-    at = Where(positions, (positions < end_B[:, None]).astype(np.int32))
+    at = Positions(positions, (positions < end_B[:, None]).astype(np.int32))
     rows = np.arange(2)[:, None]
     arrays = [x[rows, np.minimum(positions, OLD + NEW - 1)] for x in inputs(how.heads)]
     # One kv head for several shards of the heads: repeated as model/block.py does.
@@ -143,7 +148,7 @@ def placed(how: How, first_B: np.ndarray, T: int, end_B: np.ndarray):
         jax.device_put(x, how.rules("batch", "length", name, None))
         for x, name in zip(arrays, names, strict=True)
     ]
-    at = Where(*(jax.device_put(x, how.rules("batch", "length")) for x in at))
+    at = Positions(*(jax.device_put(x, how.rules("batch", "length")) for x in at))
     return arrays, at, offset_BT
 
 
@@ -298,7 +303,7 @@ def test_a_chunk_in_another_order_is_no_chunk_for_the_cache():
         held = cache.create(config(HOWS[0]), 2, ROOM, sharding.prefilling())
         wrong = dataclasses.replace(sharding.prefilling(), layout="contiguous")
         with pytest.raises(AssertionError, match="contiguous"):
-            held.write([], Where(None, None), wrong)
+            held.write([], Positions(None, None), wrong)
 
 
 def test_merging_shards_equals_one_softmax():

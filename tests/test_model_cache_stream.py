@@ -16,7 +16,8 @@ from tolerances import assert_close
 from core.config import Unsupported, UserError
 from model import cache, rope
 from model.attention import attend, cached_stream, decode
-from model.attention.spec import Heads, Where, chunked, full, moba, prefix, sliding, stream
+from model.attention.mask import Positions
+from model.attention.spec import Heads, chunked, full, moba, prefix, sliding, stream
 from model.cache_form import Form
 from model.config import ModelConfig
 from model.rope import Rope
@@ -185,4 +186,4 @@ def test_mistakes():
     with pytest.raises(UserError, match="kind='stream' with sinks=0: that is kind='sliding'"):
         stream(4, 0)
     with pytest.raises(Unsupported, match="kind='stream' is how a cache is read"):
-        attend.attend(None, None, None, Where(None, None), stream(4, 1), kernel="", rules=None)
+        attend.attend(None, None, None, Positions(None, None), stream(4, 1), kernel="", rules=None)

@@ -2,15 +2,12 @@
 
 import dataclasses
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from core import tree
 from core.sharding import whole
 from model import flops, transformer
-from model.attention.seen import keys_allowed
-from model.attention.spec import Mask, full, sliding
+from model.attention.spec import full, sliding
 from model.config import ModelConfig
 
 # D=4, N=2, K=1, H=2, F=8, V=16; 3 layers: sliding, full, sliding.
@@ -39,29 +36,6 @@ def test_matrix_parameters_are_those_of_the_model(one_device, mlp):
     leaves = tree.named_leaves(transformer.abstract(config, whole()))
     matrices = {n: x.size for n, x in leaves.items() if "norm" not in n and "embedding" not in n}
     assert flops.matrix_parameters(config) == sum(matrices.values())
-
-
-@pytest.mark.parametrize(
-    "mask",
-    [
-        *(Mask(window=window) for window in (0, 1, 2, 5, 30, 50)),
-        Mask(causal=False),
-        Mask(chunk=7),
-        Mask(window=5, sinks=3),
-        Mask(chunk=4, sinks=6),
-        Mask(block=3, local=2),
-        Mask(block=3, local=2, stride=2, sinks=7),
-        Mask(block=2, local=1, stride=4, sinks=2),
-        Mask(prefix=9),
-        Mask(prefix=90),
-    ],
-    ids=str,
-)
-def test_keys_seen_are_what_the_mask_allows(mask):
-    at = jnp.arange(30)
-    ones = jnp.ones((30, 30), jnp.int32)
-    seen = mask.allowed(at[:, None], at[None, :], ones, ones)
-    np.testing.assert_array_equal(keys_allowed(mask, 30), seen.sum(axis=1))
 
 
 def test_training_flops_by_hand():

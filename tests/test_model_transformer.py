@@ -16,16 +16,8 @@ from core import sharding, tree
 from core.config import UserError
 from model import cache, rope, transformer
 from model.attention.decode import New
-from model.attention.spec import (
-    Where,
-    block_sparse,
-    chunked,
-    full,
-    moba,
-    nsa,
-    prefix,
-    sliding,
-)
+from model.attention.mask import Positions
+from model.attention.spec import block_sparse, chunked, dilated, full, moba, nsa, prefix, sliding
 from model.config import ModelConfig
 from model.parameters import Maker
 from model.rope import Rope
@@ -62,10 +54,11 @@ WITH_ALL = dataclasses.replace(
 )
 KINDS = dataclasses.replace(
     CONFIG,
-    num_layers=4,
+    num_layers=5,
     pattern=(
         sliding(4, sinks=2, sink_logit=True, alibi=1.0, rope=None),
         chunked(5),
+        dilated(3, 2),
         block_sparse(2, 2, stride=3, sinks=3),
         prefix(6),
     ),
@@ -212,7 +205,7 @@ def test_packed_documents_are_as_alone(one_device):
     [
         (SMALL, (1, 2, 4), [6]),
         (CONFIG, (2, 2, 2), [4, 24, 4]),
-        (KINDS, (1, 4, 2), [4 + 4, 8, 24, 24]),
+        (KINDS, (1, 4, 2), [4 + 4, 8, 8, 24, 24]),
         pytest.param(CHOOSING, (1, 4, 2), [24, 24], marks=pytest.mark.slow),
     ],
     ids=["more-shards-than-kv-heads", "all-sharded", "every-kind", "choosing"],
@@ -283,7 +276,7 @@ def test_a_ring_keeps_the_newest_tokens_in_whatever_order_they_come(one_device):
     rules = sharding.whole()
     order = np.random.default_rng(0).permutation(10)
     positions = np.stack([order, order[::-1]]).astype(np.int32)
-    at = Where(positions, np.ones_like(positions))
+    at = Positions(positions, np.ones_like(positions))
     kv = np.broadcast_to(at.positions_BT[None, :, :, None, None], (2, 2, 10, 2, 8))
     held = cache.create(SMALL, 2, 24, rules)
     (slot,) = held.write([New(kv.astype(np.float32), -kv.astype(np.float32))], at, rules).slots
@@ -301,7 +294,7 @@ def test_scan_equals_a_loop_over_layers(one_device):
     @jax.jit
     def one_layer(block, x):
         cos_sin = rope.table(positions, block.attention.spec.rope, CONFIG.head_dim)
-        return block(x, Where(positions, segments), cos_sin, None)[0]
+        return block(x, Positions(positions, segments), cos_sin, None)[0]
 
     x = model.embedding_VD[...][tokens]
     for layer in range(CONFIG.num_layers):

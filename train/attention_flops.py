@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from model.attention.seen import keys_seen
 from model.attention.spec import AttentionSpec
 from model.config import ModelConfig
 from train.config import TrainConfig
@@ -24,7 +23,7 @@ def busiest_device(
     def pairs(spec: AttentionSpec) -> int:
         if model.attention_kernel == "reference":  # computes every score, then hides most
             return train.length // seq * train.length
-        return keys_seen(spec, train.length)[order].reshape(seq, -1).sum(1).max()
+        return spec.keys_seen(train.length)[order].reshape(seq, -1).sum(1).max()
 
     passes = FORWARD * (2 if train.remat == "full" else 1) + BACKWARD
     rows, each = train.batch_size / data, model.num_heads / heads

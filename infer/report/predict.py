@@ -19,7 +19,6 @@ from infer.engine import Plan
 from infer.report.cases import Case
 from model import cache, flops
 from model.attention import decode
-from model.attention.seen import keys_seen
 from model.config import ModelConfig
 from model.transformer import Transformer
 
@@ -139,7 +138,7 @@ def kv_bytes_read(case: Case, batch: int, context: int) -> int:
     specs = [spec for slots, _ in config.stages for spec in slots]
     total = 0.0
     for spec, slot in zip(specs, create(case, batch, context).slots, strict=True):
-        seen = int(keys_seen(spec, context)[-1])
+        seen = int(spec.keys_seen(context)[-1])
         if slot.pages is not None:
             seen = min(seen, form.cache_pages * form.cache_page)
         kept = slot.positions_BS.shape[1]

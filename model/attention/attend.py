@@ -8,7 +8,8 @@ import jax
 from core.config import Unsupported
 from core.sharding import Rules
 from model.attention import blocks, select
-from model.attention.spec import AttentionSpec, Heads, Where
+from model.attention.mask import Positions
+from model.attention.spec import AttentionSpec, Heads
 from model.attention.strategies import Call
 
 
@@ -16,7 +17,7 @@ def attend(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    at: Where,
+    at: Positions,
     spec: AttentionSpec,
     *,
     kernel: str,
@@ -32,10 +33,10 @@ def attend(
             "kind='stream' is how a cache is read, and there is none here: take kind='full' or "
             "'sliding' in model.pattern, and set cache_window and cache_sinks when decoding"
         )
-    attention = Call.of(q_BTNH, k_BTKH, spec, kernel, rules).way.attention
+    attention = Call.of(q_BTNH, k_BTKH, at, spec, kernel, rules).way.attention
     q_spec = rules("batch", "length", "act_heads", None)
     kv_spec = rules("batch", "length", "act_kv_heads", None)
-    at_spec = Where(rules("batch", "length"), rules("batch", "length"))
+    at_spec = jax.tree.map(lambda _: rules("batch", "length"), at)
     heads_spec = heads_sharding(heads, rules)
 
     def of_device(q_BTNH, k_BTKH, v_BTKH, heads, at):

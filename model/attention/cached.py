@@ -18,7 +18,8 @@ from model.attention import blocks, decode, quest
 from model.attention.attend import heads_sharding
 from model.attention.blocks import Pair, Part
 from model.attention.decode import Shard, Stored
-from model.attention.spec import AttentionSpec, Heads, Where
+from model.attention.mask import Positions
+from model.attention.spec import AttentionSpec, Heads
 from model.attention.strategies import Call
 
 
@@ -26,7 +27,7 @@ def attend_cached(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    at: Where,
+    at: Positions,
     cache: Stored,
     spec: AttentionSpec,
     *,
@@ -41,7 +42,7 @@ def attend_cached(
     themselves the new tokens follow `rules.strategy` where `length` is sharded.
     """
     _check(spec, q_BTNH.shape[1])
-    call = Call.of(q_BTNH, k_BTKH, spec, kernel, rules)
+    call = Call.of(q_BTNH, k_BTKH, at, spec, kernel, rules)
     see_new = call.way.part
 
     def of_device(q_BTNH, k_BTKH, v_BTKH, heads, at, cache):
@@ -59,14 +60,14 @@ def over_shards(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     heads: Heads,
-    at: Where,
+    at: Positions,
     cache: Stored,
     rules: Rules,
 ) -> jax.Array:
     """out [B, T, N, H] of `of_device`, which each device calls with its own of the arrays."""
     q_spec = rules("batch", "length", "act_heads", None)
     kv_spec = rules("batch", "length", "act_kv_heads", None)
-    at_spec = Where(rules("batch", "length"), rules("batch", "length"))
+    at_spec = jax.tree.map(lambda _: rules("batch", "length"), at)
     in_specs = q_spec, kv_spec, kv_spec, heads_sharding(heads, rules), at_spec
     return jax.shard_map(of_device, in_specs=(*in_specs, cache.sharding(rules)), out_specs=q_spec)(
         q_BTNH, k_BTKH, v_BTKH, heads, at, cache
@@ -74,7 +75,7 @@ def over_shards(
 
 
 def see_old(
-    q_BTNH: jax.Array, cache: Stored, heads: Heads, at: Where, pair: Pair, rules: Rules
+    q_BTNH: jax.Array, cache: Stored, heads: Heads, at: Positions, pair: Pair, rules: Rules
 ) -> Part:
     """(out, lse) of this device's queries over the stored keys of all shards."""
     cache = cache._replace(live_B=Shard.here(rules).count(cache.live_B))

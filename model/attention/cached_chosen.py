@@ -14,8 +14,9 @@ from model.attention.blocks import Pair, Part
 from model.attention.cached import everywhere, merge_shards, see_old
 from model.attention.cached_select import Cached
 from model.attention.decode import New, Stored
+from model.attention.mask import Positions
 from model.attention.nsa import Compressor
-from model.attention.spec import AttentionSpec, Heads, Where, sliding
+from model.attention.spec import AttentionSpec, Heads, sliding
 from model.attention.strategies import Call
 
 
@@ -23,7 +24,7 @@ def moba_cached(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    at: Where,
+    at: Positions,
     cache: Stored,
     spec: AttentionSpec,
     *,
@@ -32,7 +33,7 @@ def moba_cached(
     heads: Heads,
 ) -> tuple[jax.Array, New]:
     """(out [B, T, N, H], mean keys of the blocks that are whole now)."""
-    call = Call.of(q_BTNH, k_BTKH, spec, kernel, rules)
+    call = Call.of(q_BTNH, k_BTKH, at, spec, kernel, rules)
 
     def of_device(q_BTNH, k_BTKH, v_BTKH, heads, at, stored):
         heads = jax.tree.map(lambda x_N: blocks.vary(x_N, q_BTNH), heads)
@@ -57,7 +58,7 @@ def nsa_cached(
     v_BTKH: jax.Array,
     gates_BTN3: jax.Array,
     compressors: tuple[Compressor, Compressor],
-    at: Where,
+    at: Positions,
     cache: Stored,
     spec: AttentionSpec,
     *,
@@ -65,7 +66,7 @@ def nsa_cached(
     rules: Rules,
 ) -> tuple[jax.Array, New]:
     """(out [B, T, N, H], compressed keys and values of the blocks that are whole now)."""
-    call = Call.of(q_BTNH, k_BTKH, spec, kernel, rules)
+    call = Call.of(q_BTNH, k_BTKH, at, spec, kernel, rules)
     near = call._replace(spec=sliding(spec.window, softcap=spec.softcap))
 
     def of_device(q_BTNH, k_BTKH, v_BTKH, both, at, stored):
@@ -98,8 +99,8 @@ def _see_compressed(cached: Cached, pair: Pair, qkv, compressors) -> tuple[Part,
         for compress, x_BEKH in zip(compressors, sums, strict=True)
     )
 
-    def last_ended(at: Where) -> Where:
-        return Where((at.positions_BT + 1 - spec.compress) // spec.step, at.segments_BT)
+    def last_ended(at: Positions) -> Positions:
+        return Positions((at.positions_BT + 1 - spec.compress) // spec.step, at.segments_BT)
 
     ended_B = jnp.maximum((whole.live_B - spec.compress) // spec.step + 1, 0)
     whole, at = whole._replace(live_B=ended_B), last_ended(cached.at)
@@ -149,9 +150,9 @@ def _sharded(of_device, rules: Rules, fourth, cache: Stored):
     """`of_device` under shard_map; `fourth` is what the layer itself brings."""
     q_spec = rules("batch", "length", "act_heads", None)
     kv_spec = rules("batch", "length", "act_kv_heads", None)
-    at_spec = Where(rules("batch", "length"), rules("batch", "length"))
+    at_spec = Positions(rules("batch", "length"), rules("batch", "length"))
     block_spec, number = rules("batch", None, "act_kv_heads", None), rules("batch", None)
-    new_spec = New(block_spec, block_spec, at=Where(number, number))
+    new_spec = New(block_spec, block_spec, at=Positions(number, number))
     if isinstance(fourth, Heads):
         fourth_spec = attend.heads_sharding(fourth, rules)
     else:

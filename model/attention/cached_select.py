@@ -17,8 +17,9 @@ from core.sharding import Rules
 from model.attention import blocks, quantised, select
 from model.attention.blocks import Pair, Part
 from model.attention.decode import Shard, Stored
+from model.attention.mask import Positions
 from model.attention.quantised import Kept
-from model.attention.spec import AttentionSpec, Heads, Where
+from model.attention.spec import AttentionSpec, Heads
 
 FETCHED = 2**22  # numbers that are fetched at once: 16 MiB of float32
 
@@ -29,7 +30,7 @@ class Cached(NamedTuple):
     spec: AttentionSpec
     rules: Rules
     stored: Stored
-    at: Where  # of the new tokens of this device
+    at: Positions  # of the new tokens of this device
 
     @property
     def shard(self) -> Shard:
@@ -49,7 +50,7 @@ class Cached(NamedTuple):
 
 def ended(
     cached: Cached, size: int, step: int, xs_BTKH: tuple[jax.Array, ...], weights_CH
-) -> tuple[Where, list[jax.Array]]:
+) -> tuple[Positions, list[jax.Array]]:
     """Where [B, E] the blocks are that end among the new tokens, and sums [B, E, K, H] of each x.
 
     `xs` are new keys, or keys and values; what they lack of a block is stored already. The sums
@@ -65,7 +66,7 @@ def ended(
     # The tokens before the new ones that blocks which end now may begin with.
     tail_BJ, is_tail_BJ = places(start_B1 - size + 1, size - 1, shard)
     is_mine_BT = cached.at.positions_BT % shard.size == shard.index
-    at = Where(
+    at = Positions(
         jnp.concatenate([tail_BJ, cached.at.positions_BT], 1),
         jnp.concatenate([is_tail_BJ.astype(jnp.int32), cached.at.segments_BT * is_mine_BT], 1),
     )
@@ -79,7 +80,7 @@ def ended(
         tail_BKJH = fetch(x_LBKSH, stored.layer, tail_BJ[:, None], shard, x_BTKH.dtype)
         x_BTKH = jnp.concatenate([jnp.moveaxis(tail_BKJH, 1, 2), x_BTKH], 1)
         sums.append(select.pooled(x_BTKH, at, of, weight_CH, cached.axes))
-    return Where(number_BE, of.segments_BZ), sums
+    return Positions(number_BE, of.segments_BZ), sums
 
 
 def places(start: jax.Array, length: int, shard: Shard) -> tuple[jax.Array, jax.Array]:
@@ -114,7 +115,7 @@ def see_ranges(
     cached: Cached,
     pair: Pair,
     heads: Heads,
-    at: Where,
+    at: Positions,
     starts_BTMC: jax.Array,
     length: int,
 ) -> Part:
@@ -168,7 +169,7 @@ def see_ranges(
     return tuple(jnp.moveaxis(x, 0, 1).reshape(B, T, *x.shape[3:]) for x in parts)
 
 
-def moba_scores(q_BTNH, cached: Cached, new_BEKH: jax.Array, new_at: Where) -> jax.Array:
+def moba_scores(q_BTNH, cached: Cached, new_BEKH: jax.Array, new_at: Positions) -> jax.Array:
     """What each query head thinks of each block of its text, float32 [B, T, N, Y]."""
     own_BTNZ, number_BZ, Y = _products(q_BTNH, cached)
     new_BTNE = _times(q_BTNH, new_BEKH.astype(jnp.float32))
@@ -179,7 +180,7 @@ def moba_scores(q_BTNH, cached: Cached, new_BEKH: jax.Array, new_at: Where) -> j
 
 
 def nsa_scores(
-    q_BTNH, cached: Cached, pair: Pair, lse_BTN, at: Where, new_BEKH, new_at: Where
+    q_BTNH, cached: Cached, pair: Pair, lse_BTN, at: Positions, new_BEKH, new_at: Positions
 ) -> jax.Array:
     """The importance of each block to each group of heads, float32 [B, T, K, Y]."""
     spec = cached.spec
@@ -223,7 +224,7 @@ def _times(q_BTNH: jax.Array, k_BZKH: jax.Array) -> jax.Array:
     return s_BTKGZ.reshape(B, T, N, -1)
 
 
-def _numbers(at: Where) -> jax.Array:
+def _numbers(at: Positions) -> jax.Array:
     """Which blocks these are, -1 for none."""
     return jnp.where(at.segments_BT > 0, at.positions_BT, -1)
 

@@ -17,7 +17,8 @@ from model.attention import blocks, quantised, reference
 from model.attention.blocks import Part
 from model.attention.cached import over_shards, see_old
 from model.attention.decode import Shard, Stored
-from model.attention.spec import AttentionSpec, Heads, Mask, Where, sliding
+from model.attention.mask import Full, Positions
+from model.attention.spec import AttentionSpec, Heads, sliding
 from model.attention.strategies import Call
 
 
@@ -25,7 +26,7 @@ def stream_cached(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    at: Where,
+    at: Positions,
     cache: Stored,
     spec: AttentionSpec,
     *,
@@ -35,13 +36,13 @@ def stream_cached(
 ) -> jax.Array:
     """out [B, T, N, H], as `attend_cached`; queries and keys are turned by their positions."""
     near = sliding(spec.window, softcap=spec.softcap)
-    call = Call.of(q_BTNH, k_BTKH, near, kernel, rules)
+    call = Call.of(q_BTNH, k_BTKH, at, near, kernel, rules)
     see_new = call.way.part
 
     def of_device(q_BTNH, k_BTKH, v_BTKH, heads, at, cache):
         heads = jax.tree.map(lambda x_N: blocks.vary(x_N, q_BTNH), heads)
         kv_BsKH, kv_at = _sinks(k_BTKH, v_BTKH, at, cache, spec.sinks, rules)
-        beside = Where(at.positions_BT, at.segments_BT * (at.positions_BT >= spec.sinks))
+        beside = Positions(at.positions_BT, at.segments_BT * (at.positions_BT >= spec.sinks))
         parts = (
             see_old(q_BTNH, _without(cache, spec.sinks), heads, at, call.pair, rules),
             see_new(q_BTNH, k_BTKH, v_BTKH, heads, at, beside),
@@ -60,7 +61,7 @@ def _without(cache: Stored, sinks: int) -> Stored:
 
 
 def _see_sinks(
-    q_BTNH: jax.Array, kv_BsKH, heads: Heads, at: Where, kv_at: Where, spec: AttentionSpec
+    q_BTNH: jax.Array, kv_BsKH, heads: Heads, at: Positions, kv_at: Positions, spec: AttentionSpec
 ) -> Part:
     """(out, lse) over the sinks, of which each query sees those that came before it."""
     near_BT = jnp.minimum(at.positions_BT, spec.window + spec.sinks - 1)
@@ -69,14 +70,14 @@ def _see_sinks(
         turn = dataclasses.replace(spec.rope, attention_factor=1.0)
         cos_sin = rope.table(near_BT - at.positions_BT, turn, q_BTNH.shape[-1])
         q_BTNH = rope.rotate(q_BTNH, cos_sin)
-    near = Where(near_BT, at.segments_BT)
+    near = Positions(near_BT, at.segments_BT)
     how = dict(scale=q_BTNH.shape[-1] ** -0.5, softcap=spec.softcap, slope_N=heads.slope_N)
-    return reference.forward(q_BTNH, *kv_BsKH, near, kv_at, Mask(), **how)
+    return reference.forward(q_BTNH, *kv_BsKH, near, kv_at, Full(), **how)
 
 
 def _sinks(
-    k_BTKH: jax.Array, v_BTKH: jax.Array, at: Where, cache: Stored, sinks: int, rules: Rules
-) -> tuple[list[jax.Array], Where]:
+    k_BTKH: jax.Array, v_BTKH: jax.Array, at: Positions, cache: Stored, sinks: int, rules: Rules
+) -> tuple[list[jax.Array], Positions]:
     """Keys and values of the first `sinks` tokens [B, sinks, K, H], and where they are.
 
     Each is stored on one shard, or new on one, and is sent to all. Those that have not come yet
@@ -111,4 +112,4 @@ def _sinks(
     ]
     here_Bs = collect(jnp.ones_like(old_BS), jnp.ones_like(new_BT))
     position_Bs = jnp.broadcast_to(jnp.arange(sinks, dtype=jnp.int32)[None], (B, sinks))
-    return kv, Where(position_Bs, here_Bs)
+    return kv, Positions(position_Bs, here_Bs)

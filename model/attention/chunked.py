@@ -4,7 +4,7 @@ An online softmax (Milakov and Gimelshein, 2018; Rabe and Staats, 2021) over til
 keys, and the backward of FlashAttention (Dao et al., 2022). Only the key tiles that the mask may
 allow are visited:
 
-    out_BTNH, lse_BTN = forward(q_BTNH, k_BSKH, v_BSKH, at, at, Mask(), scale=0.125, softcap=0.0)
+    out_BTNH, lse_BTN = forward(q_BTNH, k_BSKH, v_BSKH, at, at, Full(), scale=0.125, softcap=0.0)
 
 Beyond the letters of the repo: P lanes (kv heads, or rows x kv heads) worked on together, X groups
 of lanes, Y query blocks, Z key blocks, R rows of a tile (G heads x queries), C keys of a tile.
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from model.attention import blocks
-from model.attention.spec import Mask, Where
+from model.attention.mask import Mask, Positions, bounds
 
 # Measured on 2 Zen 5 cores, float32, H=64. Forward, causal 4K, GFLOP/s: 512 x 512 in two lanes
 # 201, in one 138; 1024 x 256 in two 173; 256 x 256 in eight 130. Forward and backward of 8 rows of
@@ -33,8 +33,8 @@ def forward(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    q_at: Where,
-    k_at: Where,
+    q_at: Positions,
+    k_at: Positions,
     mask: Mask,
     *,
     scale: float,
@@ -47,10 +47,10 @@ def forward(
 
     def group(args):
         q_YPRH, slope_YPR, k_ZPCH, v_ZPCH, q_at_YPR, k_at_ZPC = args
-        q_ends_Y, k_ends_Z = blocks.ends(q_at_YPR), blocks.ends(k_at_ZPC)
+        q_bounds_Y, k_bounds_Z = bounds(q_at_YPR), bounds(k_at_ZPC)
 
         def query_block(args):
-            q_PRH, slope_PR, q_at_PR, q_ends = args
+            q_PRH, slope_PR, q_at_PR, q_bounds = args
 
             def key_block(z, carry):
                 out_PRH, high_PR, total_PR = carry
@@ -71,8 +71,8 @@ def forward(
 
             rows = q_PRH.shape[:2]
             start = fresh(q_PRH.shape, 0.0), fresh(rows, -jnp.inf), fresh(rows, 0.0)
-            meets_Z = blocks.meets(mask, q_ends, k_ends_Z)
-            out_PRH, high_PR, total_PR = _visit(meets_Z, key_block, start)
+            seen_Z = mask.may_see(q_bounds, k_bounds_Z)
+            out_PRH, high_PR, total_PR = _visit(seen_Z, key_block, start)
             seen_PR = total_PR > 0
             out_PRH /= jnp.where(seen_PR, total_PR, 1.0)[..., None]
             unit = 1.0 if softcap or slope_N is not None else scale
@@ -81,7 +81,7 @@ def forward(
             )
             return out_PRH, lse_PR
 
-        return jax.lax.map(query_block, (q_YPRH, slope_YPR, q_at_YPR, q_ends_Y))
+        return jax.lax.map(query_block, (q_YPRH, slope_YPR, q_at_YPR, q_bounds_Y))
 
     out_XYPRH, lse_XYPR = jax.lax.map(
         group,
@@ -101,8 +101,8 @@ def backward(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    q_at: Where,
-    k_at: Where,
+    q_at: Positions,
+    k_at: Positions,
     mask: Mask,
     dout_BTNH: jax.Array,
     lse_BTN: jax.Array,
@@ -123,10 +123,10 @@ def backward(
 
     def group(args):
         queries_Y, k_ZPCH, v_ZPCH, k_at_ZPC = args
-        q_ends_Y, k_ends_Z = blocks.ends(queries_Y[-1]), blocks.ends(k_at_ZPC)
+        q_bounds_Y, k_bounds_Z = bounds(queries_Y[-1]), bounds(k_at_ZPC)
 
         def key_block(dq_YPHR, args):
-            k_PCH, v_PCH, k_at_PC, k_ends = args
+            k_PCH, v_PCH, k_at_PC, k_bounds = args
             k_PHC = k_PCH.swapaxes(1, 2)
 
             def query_block(y, carry):
@@ -148,15 +148,15 @@ def backward(
                 return dq_YPHR, dk_PCH, dv_PCH
 
             start = dq_YPHR, fresh(k_PCH.shape, 0.0), fresh(v_PCH.shape, 0.0)
-            meets_Y = blocks.meets(mask, q_ends_Y, k_ends)
-            dq_YPHR, dk_PCH, dv_PCH = _visit(meets_Y, query_block, start)
+            seen_Y = mask.may_see(q_bounds_Y, k_bounds)
+            dq_YPHR, dk_PCH, dv_PCH = _visit(seen_Y, query_block, start)
             return dq_YPHR, (dk_PCH * scale, dv_PCH)
 
         q_YPRH = queries_Y[0]
         dq_YPHR, (dk_ZPCH, dv_ZPCH) = jax.lax.scan(
             key_block,
             fresh(q_YPRH.swapaxes(2, 3).shape, 0.0),
-            (k_ZPCH, v_ZPCH, k_at_ZPC, k_ends_Z),
+            (k_ZPCH, v_ZPCH, k_at_ZPC, k_bounds_Z),
         )
         return dq_YPHR.swapaxes(2, 3) * scale, dk_ZPCH, dv_ZPCH
 
@@ -180,7 +180,7 @@ class _Tiling:
         self.B, self.T, N, _ = q_shape
         _, self.S, self.K, _ = k_shape
         self.G = N // self.K
-        extent = min(2 * mask.block or mask.near or self.S, self.S)
+        extent = min(mask.extent or self.S, self.S)
         block = max(MIN_BLOCK, min(MAX_BLOCK, 2 ** (max(extent // 2, 1).bit_length() - 1)))
         self.queries, self.keys = min(block, self.T), min(block, self.S)
         lanes = max(MIN_LANES, TILE_SCORES // (self.G * self.queries * self.keys))
@@ -195,12 +195,12 @@ class _Tiling:
         """[B, S, K, ...] -> [X, Z, P, C, ...]."""
         return self._split(x_BSK, self.keys, 1)
 
-    def split_queries_at(self, at: Where) -> Where:
+    def split_queries_at(self, at: Positions) -> Positions:
         N = self.K * self.G
-        return Where(*(self.split_queries(_repeat(x_BT, N)) for x_BT in at))
+        return jax.tree.map(lambda x_BT: self.split_queries(_repeat(x_BT, N)), at)
 
-    def split_keys_at(self, at: Where) -> Where:
-        return Where(*(self.split_keys(_repeat(x_BS, self.K)) for x_BS in at))
+    def split_keys_at(self, at: Positions) -> Positions:
+        return jax.tree.map(lambda x_BS: self.split_keys(_repeat(x_BS, self.K)), at)
 
     def split_slopes(self, slope_N: jax.Array | None) -> jax.Array | None:
         if slope_N is None:
@@ -253,15 +253,16 @@ def _dot(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
 
 
-def _allowed(mask: Mask, q_at_PR: Where, k_at_PC: Where, keys_first: bool = False) -> jax.Array:
+def _allowed(
+    mask: Mask, q_at_PR: Positions, k_at_PC: Positions, keys_first: bool = False
+) -> jax.Array:
     """The mask of a tile: [P, R, C], or [P, C, R]."""
     q_dim, k_dim = (1, 2) if keys_first else (2, 1)
-    q_at, k_at = _expand(q_at_PR, q_dim), _expand(k_at_PC, k_dim)
-    return mask.allowed(q_at.positions_BT, k_at.positions_BT, q_at.segments_BT, k_at.segments_BT)
+    return mask.pairs(_expand(q_at_PR, q_dim), _expand(k_at_PC, k_dim))
 
 
 def _bias(
-    slope_PR: jax.Array | None, q_at_PR: Where, k_at_PC: Where, keys_first: bool = False
+    slope_PR: jax.Array | None, q_at_PR: Positions, k_at_PC: Positions, keys_first: bool = False
 ) -> jax.Array | None:
     """slope x (key - query), of the shape of the tile."""
     if slope_PR is None:
@@ -279,12 +280,12 @@ def _pick(tree, index):
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
 
 
-def _visit(meets_Z: jax.Array, step, carry):
+def _visit(seen_Z: jax.Array, step, carry):
     """step(z, carry) for each z of the true elements, in order."""
-    if meets_Z.size == 1:  # to look whether it meets costs as much as a small tile
+    if seen_Z.size == 1:  # to look whether it meets costs as much as a small tile
         return step(0, carry)
-    visited_Z = jnp.argsort(~meets_Z, stable=True)
-    return jax.lax.fori_loop(0, meets_Z.sum(), lambda i, carry: step(visited_Z[i], carry), carry)
+    visited_Z = jnp.argsort(~seen_Z, stable=True)
+    return jax.lax.fori_loop(0, seen_Z.sum(), lambda i, carry: step(visited_Z[i], carry), carry)
 
 
 def _repeat(x_BT: jax.Array, heads: int) -> jax.Array:

@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec
 from core.sharding import Rules, device_kind
 from model.attention import blocks, quantised
 from model.attention.blocks import Pair
+from model.attention.mask import Positions
 from model.attention.quantised import Kept, Quantised
-from model.attention.spec import Heads, Where
+from model.attention.spec import Heads
 
 BLOCK = 512  # keys a step: scores of one query and 32 heads stay in cache
 FEW = 8  # queries at a time, for which the scores of all keys fit beside these
@@ -73,7 +74,7 @@ class New(NamedTuple):
     k_BTKH: jax.Array
     v_BTKH: jax.Array
     blocks: "New | None" = None  # [B, E, K, H], equal on all shards of the length
-    at: Where | None = None  # of blocks, [B, E]: their number, and segment 0 for none
+    at: Positions | None = None  # of blocks, [B, E]: their number, and segment 0 for none
 
 
 class Shard(NamedTuple):
@@ -101,7 +102,7 @@ def forward(
     q_BTNH: jax.Array,
     cache: Stored,
     heads: Heads,
-    q_at: Where,
+    q_at: Positions,
     pair: Pair,
 ) -> tuple[jax.Array, jax.Array]:
     """(out [B, T, N, H] float32, lse [B, T, N] float32) over the stored keys alone."""
@@ -116,7 +117,7 @@ def forward(
 
 
 def _walk(
-    q_BTNH: jax.Array, cache: Stored, heads: Heads, q_at: Where, pair: Pair, block: int
+    q_BTNH: jax.Array, cache: Stored, heads: Heads, q_at: Positions, pair: Pair, block: int
 ) -> tuple[jax.Array, jax.Array]:
     """`forward`, so many keys at a time."""
     B, T, N, H = q_BTNH.shape
@@ -144,12 +145,8 @@ def _walk(
             slope_KG11 = heads.slope_N.reshape(K, G, 1, 1)
             s_BKGTC = s_BKGTC + slope_KG11[None] * ahead_BTC[:, None, None]
         fresh_C = start + jnp.arange(block) >= i * block
-        seen_BTC = fresh_C[None, None, :] & pair.mask.allowed(
-            q_at.positions_BT[:, :, None],
-            at_BC[:, None, :],
-            jnp.minimum(q_at.segments_BT, 1)[:, :, None],
-            (at_BC >= 0).astype(jnp.int32)[:, None, :],
-        )
+        q_at_BT1 = jax.tree.map(lambda x_BT: x_BT[:, :, None], one_document(q_at))
+        seen_BTC = fresh_C[None, None, :] & pair.mask.pairs(q_at_BT1, stored_at(at_BC[:, None, :]))
         s_BKGTC = jnp.where(seen_BTC[:, None, None], s_BKGTC, -jnp.inf)
         new_max_BKGT = jnp.maximum(max_BKGT, s_BKGTC.max(axis=-1))
         safe_BKGT = jnp.where(jnp.isneginf(new_max_BKGT), 0.0, new_max_BKGT)
@@ -177,6 +174,16 @@ def _walk(
     lse_BKGT = jnp.where(nothing_BKGT, -jnp.inf, lse_BKGT)
     out_BTNH = jnp.moveaxis(out_BKGTH, 3, 1).reshape(B, T, N, H)
     return out_BTNH, jnp.moveaxis(lse_BKGT, 3, 1).reshape(B, T, N)
+
+
+def one_document(at: Positions) -> Positions:
+    """Queries whose segments are 1, as those of stored keys are, or 0 for padding."""
+    return at._replace(segments_BT=jnp.minimum(at.segments_BT, 1))
+
+
+def stored_at(position_BS: jax.Array) -> Positions:
+    """Stored keys: segment 1, or 0 where a slot is empty and its position -1."""
+    return Positions(position_BS, (position_BS >= 0).astype(jnp.int32))
 
 
 def _layer_block(

@@ -10,7 +10,8 @@ import jax
 
 from model.attention import blocks, local
 from model.attention.blocks import Pair, Part
-from model.attention.spec import Heads, Where
+from model.attention.mask import Positions
+from model.attention.spec import Heads
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -21,8 +22,8 @@ def attention(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     heads: Heads,
-    q_at: Where,
-    k_at: Where,
+    q_at: Positions,
+    k_at: Positions,
 ) -> jax.Array:
     """out [B, T, N, H] in q's dtype for the T queries of this shard, over all keys of `axes`."""
     return _forward(axes, pair, q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at)[0]
@@ -35,8 +36,8 @@ def forward(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     heads: Heads,
-    q_at: Where,
-    k_at: Where,
+    q_at: Positions,
+    k_at: Positions,
 ) -> Part:
     """(out [B, T, N, H], lse [B, T, N]) float32 of the same; no sink is among the keys."""
     k_BSKH, v_BSKH, all_at = _gather(axes, (k_BTKH, v_BTKH, k_at))

@@ -5,7 +5,7 @@ the key blocks that it meets, each key block one of the query blocks. They are m
 positions and segments, ahead of the kernel: every `Mask`, packed documents, any order of tokens
 and each hop of a ring have lists of their own.
 
-    out_BTNH, lse_BTN = forward(q_BTNH, k_BSKH, v_BSKH, at, at, Mask(), scale=0.125, softcap=0.0)
+    out_BTNH, lse_BTN = forward(q_BTNH, k_BSKH, v_BSKH, at, at, Full(), scale=0.125, softcap=0.0)
 
 The backward pass is two kernels, dq by query blocks and dk, dv by key blocks: nothing is added
 atomically, so that it gives the same bits each time. Elsewhere than on CUDA the kernels are
@@ -15,7 +15,7 @@ interpreted: slow, and the same. They were compiled for GPUs, and right on an H2
 import jax
 
 from model.attention import gpu_call, tiles
-from model.attention.spec import Mask, Where
+from model.attention.mask import Mask, Positions
 from model.attention.tiles import How
 
 
@@ -23,8 +23,8 @@ def forward(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    q_at: Where,
-    k_at: Where,
+    q_at: Positions,
+    k_at: Positions,
     mask: Mask,
     *,
     scale: float,
@@ -40,8 +40,8 @@ def backward(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    q_at: Where,
-    k_at: Where,
+    q_at: Positions,
+    k_at: Positions,
     mask: Mask,
     dout_BTNH: jax.Array,
     lse_BTN: jax.Array,

@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from core.config import Unsupported
 from model.attention import gpu_tiles, pallas, tiles
-from model.attention.spec import Where
+from model.attention.mask import Positions
 from model.attention.tiles import How
 
 SMALLEST = 16  # rows, columns and width that a product on tensor cores takes
@@ -43,8 +43,8 @@ class Kernel(NamedTuple):
         q_BTNH: jax.Array,
         k_BSKH: jax.Array,
         v_BSKH: jax.Array,
-        q_at: Where,
-        k_at: Where,
+        q_at: Positions,
+        k_at: Positions,
         slope_N: jax.Array | None,
         *done_BTN: jax.Array,
     ) -> tuple[jax.Array, ...]:
@@ -52,13 +52,15 @@ class Kernel(NamedTuple):
         (_, T, N, H), S = q_BTNH.shape, k_BSKH.shape[1]
         wide = pl.cdiv(H * q_BTNH.dtype.itemsize, WIDTH)
         R, C = _block(T, self.R, wide), _block(S, self.C, wide)
-        q_at, k_at = (Where(*(_pad(x, n) for x in at)) for at, n in ((q_at, R), (k_at, C)))
+        q_at, k_at = (
+            jax.tree.map(lambda x, n=n: _pad(x, n), at) for at, n in ((q_at, R), (k_at, C))
+        )
         listed = tile_lists(how.mask, q_at, k_at, R, C, self.by_keys)
         found = pallas.call(
             "cuda",
             functools.partial(self.run, how, R, C),
             *(_pad(x, n) for x, n in ((q_BTNH, R), (k_BSKH, C), (v_BSKH, C))),
-            *(jnp.stack(at, 1) for at in (q_at, k_at)),
+            *(at.stacked(1) for at in (q_at, k_at)),
             tiles.slopes(slope_N, N),
             *listed,
             *(_pad(x_BTN, R) for x_BTN in done_BTN),
@@ -106,13 +108,13 @@ def by_queries(q_shape, k_shape, R: int, C: int):
         "RH": block((None, R, None, H), lambda b, y, n: (b, y, n, 0)),
         "R": block((None, R, None), lambda b, y, n: (b, y, n)),
         "SH": block((None, S, None, H), lambda b, y, n: (b, 0, n // G, 0)),
-        "2R": block((None, 2, R), lambda b, y, n: (b, 0, y)),
-        "2S": block((None, 2, S), lambda b, y, n: (b, 0, 0)),
+        "3R": block((None, 3, R), lambda b, y, n: (b, 0, y)),
+        "3S": block((None, 3, S), lambda b, y, n: (b, 0, 0)),
         "1": block((1,), lambda b, y, n: (n,)),
         "Z": block((None, None, Z), lambda b, y, n: (b, y, 0)),
         "2": block((None, None, 2), lambda b, y, n: (b, y, 0)),
     }
-    inputs = "RH", "SH", "SH", "2R", "2S", "1", "Z", "2", "RH", "R", "R"
+    inputs = "RH", "SH", "SH", "3R", "3S", "1", "Z", "2", "RH", "R", "R"
     return (Y, N, B), inputs, blocks
 
 
@@ -128,37 +130,37 @@ def by_keys(q_shape, k_shape, R: int, C: int):
         "TGH": block((None, T, G, H), lambda b, z, k: (b, 0, k, 0)),
         "TG": block((None, T, G), lambda b, z, k: (b, 0, k)),
         "CH": block((None, C, None, H), lambda b, z, k: (b, z, k, 0)),
-        "2T": block((None, 2, T), lambda b, z, k: (b, 0, 0)),
-        "2C": block((None, 2, C), lambda b, z, k: (b, 0, z)),
+        "3T": block((None, 3, T), lambda b, z, k: (b, 0, 0)),
+        "3C": block((None, 3, C), lambda b, z, k: (b, 0, z)),
         "G": block((G,), lambda b, z, k: (k,)),
         "Y": block((None, None, Y), lambda b, z, k: (b, z, 0)),
         "2": block((None, None, 2), lambda b, z, k: (b, z, 0)),
     }
-    inputs = "TGH", "CH", "CH", "2T", "2C", "G", "Y", "2", "TGH", "TG", "TG"
+    inputs = "TGH", "CH", "CH", "3T", "3C", "G", "Y", "2", "TGH", "TG", "TG"
     return (Z, K, B), inputs, blocks
 
 
 def tile_lists(
-    mask, q_at: Where, k_at: Where, R: int, C: int, by_keys: bool
+    mask, q_at: Positions, k_at: Positions, R: int, C: int, by_keys: bool
 ) -> tuple[jax.Array, jax.Array]:
     """For each query block its key blocks, int32 [B, Y, Z]: first those where all pairs count.
 
     And how many those are, and how many count at all: [B, Y, 2]. Turned for lists by keys.
     """
-    meets_BYZ, whole_BYZ = tiles.met(mask, tiles.cut(q_at, R), tiles.cut(k_at, C))
+    seen_BYZ, whole_BYZ = tiles.met(mask, tiles.cut(q_at, R), tiles.cut(k_at, C))
     if by_keys:
-        meets_BYZ, whole_BYZ = meets_BYZ.swapaxes(1, 2), whole_BYZ.swapaxes(1, 2)
-    Z = meets_BYZ.shape[2]
-    if meets_BYZ.size > MAX_TILES:
+        seen_BYZ, whole_BYZ = seen_BYZ.swapaxes(1, 2), whole_BYZ.swapaxes(1, 2)
+    Z = seen_BYZ.shape[2]
+    if seen_BYZ.size > MAX_TILES:
         raise Unsupported(
             "attention_kernel='gpu' with so many tokens on one device: its list of tiles would "
-            f"have {meets_BYZ.size} entries, more than {MAX_TILES}. Cut the length over more "
+            f"have {seen_BYZ.size} entries, more than {MAX_TILES}. Cut the length over more "
             "devices (mesh.seq), or the rows (mesh.data, train.accumulation), or use "
             "attention_kernel='chunked'"
         )
-    rank_BYZ = 2 - meets_BYZ.astype(jnp.int32) - whole_BYZ
+    rank_BYZ = 2 - seen_BYZ.astype(jnp.int32) - whole_BYZ
     tiles_BYZ = jnp.sort(rank_BYZ * Z + jnp.arange(Z)[None, None], axis=2) % Z
-    return tiles_BYZ, jnp.stack((whole_BYZ.sum(2), meets_BYZ.sum(2)), axis=2)
+    return tiles_BYZ, jnp.stack((whole_BYZ.sum(2), seen_BYZ.sum(2)), axis=2)
 
 
 def _block(length: int, limit: int, wide: int) -> int:

@@ -4,27 +4,27 @@ A block of queries (or of keys) stays in registers while the tiles of its list p
 where all pairs count, then those where the mask has to be evaluated. Two loops and not a branch,
 which would keep Triton from fetching the next tile during this one.
 
-R queries and C keys of a tile; Y query blocks, Z key blocks. `at` is positions and segments.
+R queries and C keys of a tile; Y query blocks, Z key blocks. `at` is positions, segments and until.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from model.attention.spec import Where
+from model.attention.mask import Positions
 from model.attention.tiles import LOG2_E, ROWS_BY_COLUMNS, ROWS_BY_ROWS, dot, scores
 
 
 def forward(
-    q_RH, k_SH, v_SH, q_at_2R, k_at_2S, slope_1, tiles_Z, counts_2, out_RH, lse_R, *, how, R, C
+    q_RH, k_SH, v_SH, q_at_3R, k_at_3S, slope_1, tiles_Z, counts_2, out_RH, lse_R, *, how, R, C
 ) -> None:
     """Online softmax of a query block; `out` and `lse` are float32."""
-    q, q_at = q_RH[...], _columns(_at(q_at_2R, pl.ds(0, R)))
+    q, q_at = q_RH[...], _columns(_at(q_at_3R, pl.ds(0, R)))
 
     def tile(z, carry, masked):
         out_RH, high_R, total_R = carry
         here = pl.ds(z * C, C)
-        k_at = _rows(_at(k_at_2S, here)) if masked or how.alibi else None
+        k_at = _rows(_at(k_at_3S, here)) if masked or how.alibi else None
         s_RC = dot(q, k_SH[here, :], ROWS_BY_ROWS)
         s_RC, _ = scores(how, s_RC, slope_1[0], q_at, k_at, masked)
         now_R = jnp.maximum(high_R, s_RC.max(1))
@@ -45,16 +45,16 @@ def forward(
 
 
 def backward_queries(
-    q_RH, k_SH, v_SH, q_at_2R, k_at_2S, slope_1, tiles_Z, counts_2,
+    q_RH, k_SH, v_SH, q_at_3R, k_at_3S, slope_1, tiles_Z, counts_2,
     dout_RH, lse_R, delta_R, dq_RH, *, how, R, C
 ) -> None:  # fmt: skip
     """dq of a query block, float32; `lse` in base 2."""
     q, dout, lse_R1, delta_R1 = q_RH[...], dout_RH[...], lse_R[...][:, None], delta_R[...][:, None]
-    q_at = _columns(_at(q_at_2R, pl.ds(0, R)))
+    q_at = _columns(_at(q_at_3R, pl.ds(0, R)))
 
     def tile(z, dq_RH, masked):
         here = pl.ds(z * C, C)
-        k_at = _rows(_at(k_at_2S, here)) if masked or how.alibi else None
+        k_at = _rows(_at(k_at_3S, here)) if masked or how.alibi else None
         k_CH = k_SH[here, :]
         s_RC = dot(q, k_CH, ROWS_BY_ROWS)
         dp_RC = dot(dout, v_SH[here, :], ROWS_BY_ROWS)
@@ -67,17 +67,17 @@ def backward_queries(
 
 
 def backward_keys(
-    q_TGH, k_CH, v_CH, q_at_2T, k_at_2C, slope_G, tiles_Y, counts_2,
+    q_TGH, k_CH, v_CH, q_at_3T, k_at_3C, slope_G, tiles_Y, counts_2,
     dout_TGH, lse_TG, delta_TG, dk_CH, dv_CH, *, how, R, C
 ) -> None:  # fmt: skip
     """dk and dv of a key block, float32, of all query heads that share it. Scores are [C, R]."""
-    k, v, k_at = k_CH[...], v_CH[...], _columns(_at(k_at_2C, pl.ds(0, C)))
+    k, v, k_at = k_CH[...], v_CH[...], _columns(_at(k_at_3C, pl.ds(0, C)))
 
     def head(g, carry):
         def tile(y, carry, masked):
             dk_CH, dv_CH = carry
             here = pl.ds(y * R, R)
-            q_at = _rows(_at(q_at_2T, here)) if masked or how.alibi else None
+            q_at = _rows(_at(q_at_3T, here)) if masked or how.alibi else None
             q_RH, dout_RH = q_TGH[here, g, :], dout_TGH[here, g, :]
             s_CR = dot(k, q_RH, ROWS_BY_ROWS)
             s_CR, tanh_CR = scores(how, s_CR, slope_G[g], q_at, k_at, masked)
@@ -120,13 +120,13 @@ def _softmax_backward(s, tanh, lse, dp, delta):
     return p, ds if tanh is None else ds * (1 - tanh * tanh)
 
 
-def _at(at_2T, here) -> Where:
-    return Where(at_2T[0, here], at_2T[1, here])
+def _at(at_3T, here) -> Positions:
+    return Positions(*(at_3T[i, here] for i in range(3)))
 
 
-def _columns(at_R: Where) -> Where:
-    return Where(*(x_R[:, None] for x_R in at_R))
+def _columns(at_R: Positions) -> Positions:
+    return jax.tree.map(lambda x_R: x_R[:, None], at_R)
 
 
-def _rows(at_C: Where) -> Where:
-    return Where(*(x_C[None] for x_C in at_C))
+def _rows(at_C: Positions) -> Positions:
+    return jax.tree.map(lambda x_C: x_C[None], at_C)

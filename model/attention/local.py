@@ -7,7 +7,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from model.attention import blocks
 from model.attention.blocks import Pair, Part
-from model.attention.spec import Heads, Where
+from model.attention.mask import Positions
+from model.attention.spec import Heads
 
 SAVED = "attention"  # name of what backward needs and rematerialisation had better keep
 
@@ -24,8 +25,8 @@ def with_lse(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     heads: Heads,
-    q_at: Where,
-    k_at: Where,
+    q_at: Positions,
+    k_at: Positions,
 ) -> Part:
     """(out in q's dtype, lse float32), differentiated by the kernel's own backward."""
     return _forward(pair, q_BTNH, k_BSKH, v_BSKH, heads, q_at, k_at)[0]

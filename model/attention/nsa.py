@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from core.sharding import Rules
 from model.attention import attend, blocks, kernels, local, select
 from model.attention.blocks import Pair
-from model.attention.spec import AttentionSpec, Heads, Mask, Where, sliding
+from model.attention.mask import Full, Positions
+from model.attention.spec import AttentionSpec, Heads, sliding
 
 
 class Compressor(NamedTuple):
@@ -31,7 +32,7 @@ class Compressor(NamedTuple):
         return (1 + self.place_CH.astype(jnp.float32)) / len(self.place_CH)
 
     def __call__(
-        self, x_BTKH: jax.Array, at: Where, of: select.Slots, axes: tuple[str, ...]
+        self, x_BTKH: jax.Array, at: Positions, of: select.Slots, axes: tuple[str, ...]
     ) -> jax.Array:
         """[B, Z, K, H] in the dtype of `x`, from float32 sums."""
         return self.finish(select.pooled(x_BTKH, at, of, self.weight_CH, axes), x_BTKH.dtype)
@@ -48,7 +49,7 @@ def attention(
     v_BTKH: jax.Array,
     gates_BTN3: jax.Array,
     compressors: tuple[Compressor, Compressor],
-    at: Where,
+    at: Positions,
     spec: AttentionSpec,
     *,
     kernel: str,
@@ -75,7 +76,7 @@ def _compressed(q_BTNH, k_BTKH, v_BTKH, compressors, at, spec, *, kernel, rules)
     """(out [B, T, N, H] of the compressed branch, the blocks chosen by it [B, T, K, top])."""
     axes = rules.axes("length")
     how = kernels.kernel_of(kernel, q_BTNH.shape[1] // rules.size("length"))
-    pair = Pair(how, Mask(), q_BTNH.shape[-1] ** -0.5, spec.softcap)
+    pair = Pair(how, Full(), q_BTNH.shape[-1] ** -0.5, spec.softcap)
 
     def of_device(q_BTNH, k_BTKH, v_BTKH, compressors, at):
         of = select.slots(at, spec.compress, spec.step, axes)
@@ -91,7 +92,7 @@ def _compressed(q_BTNH, k_BTKH, v_BTKH, compressors, at, spec, *, kernel, rules)
 
     q_spec = rules("batch", "length", "act_heads", None)
     kv_spec = rules("batch", "length", "act_kv_heads", None)
-    at_spec = Where(rules("batch", "length"), rules("batch", "length"))
+    at_spec = jax.tree.map(lambda _: rules("batch", "length"), at)
     whole = jax.tree.map(lambda _: rules(None, None), compressors)
     return jax.shard_map(
         of_device,

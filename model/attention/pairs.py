@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from model.attention import blocks
-from model.attention.blocks import FAR
-from model.attention.spec import Where
+from model.attention.mask import FAR, Positions
 
 TILE_ROWS = 512  # queries x heads of a tile, at most: what the kernels take for a block
 
@@ -55,7 +54,7 @@ class Pairs(NamedTuple):
     queries: jax.Array
 
     @staticmethod
-    def of(chosen_BTMC: jax.Array, at: Where) -> "Pairs":
+    def of(chosen_BTMC: jax.Array, at: Positions) -> "Pairs":
         """From the blocks that each query chose, -1 for none, and where it is."""
         B, T, M, C = chosen_BTMC.shape
         # What was not chosen comes after all keys, and so is never met.
@@ -83,13 +82,15 @@ class Pairs(NamedTuple):
 class Keys:
     """Keys in order of (segment, position), with padding behind them."""
 
-    def __init__(self, at: Where, block: int, padding: int):
+    def __init__(self, at: Positions, block: int, padding: int):
         self.padding = padding
         here_BS = jax.lax.broadcasted_iota(jnp.int32, at.segments_BT.shape, 1)
         segments_BS, positions_BS, self.order_BS = jax.lax.sort(
             (at.segments_BT, at.positions_BT, here_BS), num_keys=2
         )
-        self.at = Where(*(jnp.pad(x, ((0, 0), (0, padding))) for x in (positions_BS, segments_BS)))
+        self.at = Positions(
+            *(jnp.pad(x, ((0, 0), (0, padding))) for x in (positions_BS, segments_BS))
+        )
         self.runs = Run.of(segments_BS, positions_BS // block)
 
     def sort(self, x_BSKH: jax.Array) -> jax.Array:
@@ -103,7 +104,7 @@ class Keys:
         x_BSKH = jnp.moveaxis(x_BKSH, 1, 2)
         return jnp.take_along_axis(x_BSKH, back_BS[..., None, None], axis=1)
 
-    def of_row(self, row: jax.Array) -> tuple[Run, Where]:
+    def of_row(self, row: jax.Array) -> tuple[Run, Positions]:
         return jax.tree.map(lambda x: x[row], (self.runs, self.at))
 
 
@@ -112,8 +113,8 @@ class Tile(NamedTuple):
 
     queries_R: jax.Array  # in the lane
     inside_R: jax.Array  # bool: pairs of the block; others fill the tile
-    q_at: Where  # [1, R]
-    k_at: Where  # [1, C], of segment 0 where keys of another block fill it
+    q_at: Positions  # [1, R]
+    k_at: Positions  # [1, C], of segment 0 where keys of another block fill it
     u: jax.Array  # where the keys begin
 
     def rows(self, x_TG: jax.Array) -> jax.Array:
@@ -142,7 +143,9 @@ class Tile(NamedTuple):
         return jnp.where(self.inside_R, self.queries_R, beyond_R)
 
 
-def walk(pairs: Pairs, q_at: Where, keys: tuple[Run, Where], block: int, size: int, see, carry):
+def walk(
+    pairs: Pairs, q_at: Positions, keys: tuple[Run, Positions], block: int, size: int, see, carry
+):
     """see(tile, carry) for each tile of `size` pairs of one lane; `q_at` [T]: where queries are."""
     runs, k_at = keys
 
@@ -151,12 +154,14 @@ def walk(pairs: Pairs, q_at: Where, keys: tuple[Run, Where], block: int, size: i
         place_R = start + jnp.arange(size, dtype=jnp.int32)
         inside_R = (place_R >= p) & (place_R < pairs.runs.end[p])
         queries_R = jax.lax.dynamic_slice_in_dim(pairs.queries, start, size)
-        positions_R, segments_R = (x_T[queries_R] for x_T in q_at)
+        q_at_R = jax.tree.map(lambda x_T: x_T[queries_R], q_at)
+        q_at_R = q_at_R._replace(segments_BT=q_at_R.segments_BT * inside_R)
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=u, slice_size=block)
-        positions_C, segments_C = (cut(x) for x in k_at)
+        k_at_C = jax.tree.map(cut, k_at)
         of_block_C = u + jnp.arange(block, dtype=jnp.int32) < runs.end[u]
-        at = Where(positions_R, segments_R * inside_R), Where(positions_C, segments_C * of_block_C)
-        return Tile(queries_R, inside_R, *jax.tree.map(lambda x: x[None], at), u)
+        k_at_C = k_at_C._replace(segments_BT=k_at_C.segments_BT * of_block_C)
+        at = jax.tree.map(lambda x: x[None], (q_at_R, k_at_C))
+        return Tile(queries_R, inside_R, *at, u)
 
     begin_S = pairs.runs.first(runs.segments, runs.blocks)
     end_S = pairs.runs.first(runs.segments, runs.blocks + 1)

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 from model.attention import blocks
 from model.attention.blocks import Pair, Part
 from model.attention.lanes import Lanes
+from model.attention.mask import Mask, Positions
 from model.attention.pairs import Keys, walk
-from model.attention.spec import Heads, Mask, Where
+from model.attention.spec import Heads
 
 
 class Picked(NamedTuple):
@@ -42,7 +43,9 @@ class Picked(NamedTuple):
     def mask(self) -> Mask:
         return self.pair.mask
 
-    def forward(self, q_BTNH, k_BSKH, v_BSKH, heads: Heads, q_at: Where, k_at: Where) -> Part:
+    def forward(
+        self, q_BTNH, k_BSKH, v_BSKH, heads: Heads, q_at: Positions, k_at: Positions
+    ) -> Part:
         """(out [B, T, N, H], lse [B, T, N]) float32, as of `Pair`."""
         lanes = Lanes(q_BTNH, k_BSKH, heads.chosen)
         keys = Keys(k_at, self.block, padding=self.block)
@@ -69,7 +72,14 @@ class Picked(NamedTuple):
         return lanes.map(lane, heads.slope_N, q_BTNH)
 
     def backward(
-        self, q_BTNH, k_BSKH, v_BSKH, heads: Heads, q_at: Where, k_at: Where, *done: jax.Array
+        self,
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        heads: Heads,
+        q_at: Positions,
+        k_at: Positions,
+        *done: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(dq, dk, dv) float32, as of `Pair`; `done` is (dout, lse, delta) of all keys."""
         lanes = Lanes(q_BTNH, k_BSKH, heads.chosen)

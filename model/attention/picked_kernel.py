@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from model.attention import tiles
-from model.attention.spec import Where
+from model.attention.mask import Positions
 from model.attention.tiles import LOG2_E, ROWS_BY_COLUMNS, ROWS_BY_ROWS, dot
 
 FAR = 2**30  # later than any position; its distance from -1 is an int32
@@ -188,7 +188,7 @@ def _scores(how: How, x: SimpleNamespace, step: Step, j: jax.Array, part):
     s_CR = dot(_rows(x.k_ZAH[part]), x.q_RH[...], ROWS_BY_ROWS)
     q_at_1R, k_at_C1 = step.q_positions(x), step.k_positions(x, j)
     slope_1R = x.slope_1R[...] if how.alibi else None
-    at = Where(q_at_1R, None), Where(k_at_C1, None)
+    at = Positions(q_at_1R, None), Positions(k_at_C1, None)
     s_CR, tanh_CR = tiles.scores(how, s_CR, slope_1R, *at, masked=False)
     return jnp.where(k_at_C1 <= q_at_1R, s_CR, -jnp.inf), tanh_CR
 

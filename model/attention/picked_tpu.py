@@ -22,10 +22,11 @@ import jax.numpy as jnp
 from model.attention import blocks, picked_call, picked_kernel, picked_steps, tiles
 from model.attention.blocks import Pair, Part
 from model.attention.lanes import Lanes
+from model.attention.mask import Full, Mask, Positions
 from model.attention.pairs import Keys, Pairs
 from model.attention.picked_call import Call
 from model.attention.picked_steps import Steps
-from model.attention.spec import Heads, Mask, Where
+from model.attention.spec import Heads
 
 PART_FLOATS = 2**24  # of the results of one part: 64 MiB
 
@@ -41,7 +42,9 @@ class PickedTpu(NamedTuple):
     def mask(self) -> Mask:
         return self.pair.mask
 
-    def forward(self, q_BTNH, k_BSKH, v_BSKH, heads: Heads, q_at: Where, k_at: Where) -> Part:
+    def forward(
+        self, q_BTNH, k_BSKH, v_BSKH, heads: Heads, q_at: Positions, k_at: Positions
+    ) -> Part:
         """(out [B, T, N, H], lse [B, T, N]) float32, as of `Pair`."""
         work = _Work(self, q_BTNH, k_BSKH, v_BSKH, heads, q_at, k_at)
 
@@ -59,7 +62,14 @@ class PickedTpu(NamedTuple):
         return work.lanes.map(lane, heads.slope_N, q_BTNH)
 
     def backward(
-        self, q_BTNH, k_BSKH, v_BSKH, heads: Heads, q_at: Where, k_at: Where, *done: jax.Array
+        self,
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        heads: Heads,
+        q_at: Positions,
+        k_at: Positions,
+        *done: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(dq, dk, dv) float32, as of `Pair`; `done` is (dout, lse, delta) of all keys."""
         work = _Work(self, q_BTNH, k_BSKH, v_BSKH, heads, q_at, k_at, *done)
@@ -93,10 +103,10 @@ class _Work:
     """The lanes, the keys in order, and the call of one use of `PickedTpu`."""
 
     def __init__(
-        self, picked, q_BTNH, k_BSKH, v_BSKH, heads: Heads, q_at: Where, k_at: Where, *done
+        self, picked, q_BTNH, k_BSKH, v_BSKH, heads: Heads, q_at: Positions, k_at: Positions, *done
     ):
         pair, block, length = picked
-        assert pair.mask == Mask(), "chosen blocks are of causal attention to whole documents"
+        assert pair.mask == Full(), "chosen blocks are of causal attention to whole documents"
         self.fresh = functools.partial(
             blocks.fresh, (q_BTNH, k_BSKH, v_BSKH, heads, q_at, k_at, done)
         )

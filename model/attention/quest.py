@@ -12,16 +12,17 @@ bound crosses the mesh, and all read as much.
 import jax
 import jax.numpy as jnp
 
-from model.attention import quantised
+from model.attention import decode, quantised
 from model.attention.blocks import Pair, Part
 from model.attention.decode import Stored
+from model.attention.mask import Positions
 from model.attention.quantised import Kept, Quantised
-from model.attention.spec import Heads, Where
+from model.attention.spec import Heads
 
 QUERIES = 8  # of a row at once, at most: more of them would read most pages anyway
 
 
-def forward(q_BTNH: jax.Array, cache: Stored, heads: Heads, q_at: Where, pair: Pair) -> Part:
+def forward(q_BTNH: jax.Array, cache: Stored, heads: Heads, q_at: Positions, pair: Pair) -> Part:
     """(out [B, T, N, H], lse [B, T, N]) float32, as decode.forward, over the pages that count."""
     B, T, N, H = q_BTNH.shape
     _, _, K, S, _ = cache.k_LBKSH.shape
@@ -57,12 +58,8 @@ def forward(q_BTNH: jax.Array, cache: Stored, heads: Heads, q_at: Where, pair: P
         s_BKGTS = pair.softcap * jnp.tanh(s_BKGTS / pair.softcap)
     if slope_KG11 is not None:
         s_BKGTS += slope_KG11[None] * (at_BK1TS - q_at_B11T1)
-    seen_BK1TS = pair.mask.allowed(
-        q_at_B11T1,
-        at_BK1TS,
-        jnp.minimum(q_at.segments_BT, 1)[:, None, None, :, None],
-        (at_BK1TS >= 0).astype(jnp.int32),
-    )
+    q_B11T1 = jax.tree.map(lambda x_BT: x_BT[:, None, None, :, None], decode.one_document(q_at))
+    seen_BK1TS = pair.mask.pairs(q_B11T1, decode.stored_at(at_BK1TS))
     s_BKGTS = jnp.where(seen_BK1TS, s_BKGTS, -jnp.inf)
     lse_BKGT = jax.nn.logsumexp(s_BKGTS, axis=-1)
     # A query that sees nothing has lse -inf: keep -inf - -inf out.

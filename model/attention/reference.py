@@ -3,15 +3,15 @@
 import jax
 import jax.numpy as jnp
 
-from model.attention.spec import Mask, Where
+from model.attention.mask import Mask, Positions
 
 
 def forward(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    q_at: Where,
-    k_at: Where,
+    q_at: Positions,
+    k_at: Positions,
     mask: Mask,
     *,
     scale: float,
@@ -34,8 +34,8 @@ def backward(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    q_at: Where,
-    k_at: Where,
+    q_at: Positions,
+    k_at: Positions,
     mask: Mask,
     dout_BTNH: jax.Array,
     lse_BTN: jax.Array,
@@ -77,12 +77,9 @@ def _scores(q_BTNH, k_BSKH, q_at, k_at, mask, scale, softcap, slope_N):
         ahead_BTS = k_at.positions_BT[:, None, :] - q_at.positions_BT[:, :, None]
         slope_KG1 = slope_N.reshape(k_BSKH.shape[2], -1, 1)
         s_BTKGS = s_BTKGS + slope_KG1[None, None] * ahead_BTS[:, :, None, None, :]
-    seen_BTS = mask.allowed(
-        q_at.positions_BT[:, :, None],
-        k_at.positions_BT[:, None, :],
-        q_at.segments_BT[:, :, None],
-        k_at.segments_BT[:, None, :],
-    )
+    q_at_BT1 = jax.tree.map(lambda x_BT: x_BT[:, :, None], q_at)
+    k_at_B1S = jax.tree.map(lambda x_BS: x_BS[:, None, :], k_at)
+    seen_BTS = mask.pairs(q_at_BT1, k_at_B1S)
     return s_BTKGS, seen_BTS
 
 

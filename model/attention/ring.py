@@ -20,7 +20,8 @@ import jax.numpy as jnp
 
 from model.attention import blocks, local
 from model.attention.blocks import Pair, Part
-from model.attention.spec import Heads, Mask, Where
+from model.attention.mask import Bounds, Mask, Positions, bounds_of_rows
+from model.attention.spec import Heads
 
 
 class Ring(NamedTuple):
@@ -73,8 +74,8 @@ def attention(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     heads: Heads,
-    q_at: Where,
-    k_at: Where,
+    q_at: Positions,
+    k_at: Positions,
 ) -> jax.Array:
     """out [B, T, N, H] in q's dtype for the T queries of this shard, over all keys of the ring."""
     return _forward(ring, pair, q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at)[0]
@@ -82,8 +83,8 @@ def attention(
 
 # K and V travel as one array. Where they stand travels with them, 8 bytes a token beside the 1000s
 # of K and V: gathered once instead, it would be all that grows with the whole length.
-def _pack(k_BTKH: jax.Array, v_BTKH: jax.Array, k_at: Where) -> tuple[jax.Array, jax.Array]:
-    return jnp.stack((k_BTKH, v_BTKH)), jnp.stack(k_at)
+def _pack(k_BTKH: jax.Array, v_BTKH: jax.Array, k_at: Positions) -> tuple[jax.Array, jax.Array]:
+    return jnp.stack((k_BTKH, v_BTKH)), jnp.stack(k_at[:2])
 
 
 def forward(
@@ -93,23 +94,23 @@ def forward(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     heads: Heads,
-    q_at: Where,
-    k_at: Where,
+    q_at: Positions,
+    k_at: Positions,
 ) -> Part:
     """(out [B, T, N, H], lse [B, T, N]) float32 of the same; no sink is among the keys."""
-    q_ends = blocks.ends_of_rows(q_at)
+    q_bounds = bounds_of_rows(q_at)
 
     def hop(way, carry, *, last):
         (kv, at), part = carry
         there = None if last else ring.send((kv, at), way)  # under way while the kernel runs
 
         def see():
-            return pair.forward(q_BTNH, *kv, heads, q_at, Where(*at))
+            return pair.forward(q_BTNH, *kv, heads, q_at, Positions(*at))
 
         if part is None:
             return there, see()
         return there, jax.lax.cond(
-            _in_reach(pair.mask, q_ends, at), lambda p: blocks.merge(p, see()), lambda p: p, part
+            _in_reach(pair.mask, q_bounds, at), lambda p: blocks.merge(p, see()), lambda p: p, part
         )
 
     own = _pack(k_BTKH, v_BTKH, k_at)
@@ -129,14 +130,14 @@ def _forward(ring, pair, q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at):
 def _backward(ring, pair, residuals, dout_BTNH):
     q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at, out_BTNH, lse_BTN = residuals
     done = dout_BTNH, lse_BTN, blocks.delta(out_BTNH, dout_BTNH)
-    q_ends = blocks.ends_of_rows(q_at)
+    q_bounds = bounds_of_rows(q_at)
 
     def hop(way, carry, *, last):
         (kv, at), dq_BTNH, dkv = carry
         there = None if last else ring.send((kv, at), way)
 
         def see():
-            dq_BTNH, *dkv = pair.backward(q_BTNH, *kv, heads, q_at, Where(*at), *done)
+            dq_BTNH, *dkv = pair.backward(q_BTNH, *kv, heads, q_at, Positions(*at), *done)
             return dq_BTNH, jnp.stack(dkv)
 
         if dq_BTNH is None:
@@ -151,7 +152,7 @@ def _backward(ring, pair, residuals, dout_BTNH):
 
         # dK and dV follow their keys one hop behind: they too are under way while the kernel
         # runs, so what it finds is added outside of it.
-        dq_BTNH, here = jax.lax.cond(_in_reach(pair.mask, q_ends, at), add, skip, dq_BTNH)
+        dq_BTNH, here = jax.lax.cond(_in_reach(pair.mask, q_bounds, at), add, skip, dq_BTNH)
         return there, dq_BTNH, here if dkv is None else ring.send(dkv, way) + here
 
     own = _pack(k_BTKH, v_BTKH, k_at)
@@ -170,6 +171,6 @@ def _backward(ring, pair, residuals, dout_BTNH):
 attention.defvjp(_forward, _backward)
 
 
-def _in_reach(mask: Mask, q_ends: blocks.Ends, at: jax.Array) -> jax.Array:
+def _in_reach(mask: Mask, q_bounds: Bounds, at: jax.Array) -> jax.Array:
     """Whether a query of this device may see any key that is here now."""
-    return blocks.meets(mask, q_ends, blocks.ends_of_rows(Where(*at))).any()
+    return mask.may_see(q_bounds, bounds_of_rows(Positions(*at))).any()

@@ -23,7 +23,7 @@ from core.sharding import device_kind
 from model.attention import blocks
 from model.attention.blocks import Pair
 from model.attention.local import SAVED
-from model.attention.spec import Where
+from model.attention.mask import Positions
 
 # Of queries and blocks at once. On a CPU they stay in its caches (at 8K tokens 0.19 s, not 0.67);
 # on others 128 MiB, so that the blocks' keys are not read again for every few queries.
@@ -42,12 +42,12 @@ class Slots(NamedTuple):
     of_token_BTW: jax.Array  # slots of the size / step blocks that a token is in; Z is none
 
     @property
-    def ends_at(self) -> Where:
+    def ends_at(self) -> Positions:
         """Where the last token of each block is: from there on it is seen."""
-        return Where(self.number_BZ * self.step + self.size - 1, self.segments_BZ)
+        return Positions(self.number_BZ * self.step + self.size - 1, self.segments_BZ)
 
 
-def slots(at: Where, size: int, step: int, axes: tuple[str, ...]) -> Slots:
+def slots(at: Positions, size: int, step: int, axes: tuple[str, ...]) -> Slots:
     """The blocks of `size` tokens (a multiple of `step`), for tokens in any order.
 
     In order of (segment, position) the blocks of a document end `step` ranks apart, the first of
@@ -91,7 +91,7 @@ def slots(at: Where, size: int, step: int, axes: tuple[str, ...]) -> Slots:
 
 
 def pooled(
-    x_BTKH: jax.Array, at: Where, of: Slots, weight_CH: jax.Array, axes: tuple[str, ...]
+    x_BTKH: jax.Array, at: Positions, of: Slots, weight_CH: jax.Array, axes: tuple[str, ...]
 ) -> jax.Array:
     """Sums of the tokens of each block, float32 [B, Z, K, H], each times the weight of its place.
 
@@ -113,7 +113,7 @@ def pooled(
 
 
 def moba(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, at: Where, block: int, top: int, axes: tuple[str, ...]
+    q_BTNH: jax.Array, k_BTKH: jax.Array, at: Positions, block: int, top: int, axes: tuple[str, ...]
 ) -> jax.Array:
     """Blocks that each head of each query sees, [B, T, N, top]; -1 is none. Equations 5 to 7."""
     of = slots(at, block, block, axes)
@@ -135,7 +135,7 @@ def nsa(
     q_BTNH: jax.Array,
     compressed_BZKH: jax.Array,
     lse_BTN: jax.Array,
-    at: Where,
+    at: Positions,
     of: Slots,
     block: int,
     top: int,
@@ -183,27 +183,31 @@ def nsa(
     return _in_parts(scores, choose, queries, q_BTNH.shape[2] * of.segments_BZ.shape[1])
 
 
-def best_of_moba(scores_BtNZ: jax.Array, at: Where, of: Slots, block: int, top: int) -> jax.Array:
+def best_of_moba(
+    scores_BtNZ: jax.Array, at: Positions, of: Slots, block: int, top: int
+) -> jax.Array:
     """[B, t, N, top]: the own block, and the best of those before it."""
     best_BtNC = _best(scores_BtNZ, at, of, block, count=top - 1, low=0, back=1)
     return _with([at.positions_BT // block], at, best_BtNC)
 
 
-def best_of_nsa(scores_BtKZ: jax.Array, at: Where, of: Slots, block: int, top: int) -> jax.Array:
+def best_of_nsa(
+    scores_BtKZ: jax.Array, at: Positions, of: Slots, block: int, top: int
+) -> jax.Array:
     """[B, t, K, top]: the own block, the one before, the first, and the best of the others."""
     best_BtKC = _best(scores_BtKZ, at, of, block, count=top - FORCED, low=1, back=2)
     own_Bt = at.positions_BT // block
     return _with([own_Bt, own_Bt - 1, jnp.where(own_Bt > 1, 0, -1)], at, best_BtKC)
 
 
-def _with(forced_Bt: list[jax.Array], at: Where, best_BtMC: jax.Array) -> jax.Array:
+def _with(forced_Bt: list[jax.Array], at: Positions, best_BtMC: jax.Array) -> jax.Array:
     forced_BtF = jnp.where(at.segments_BT[..., None] > 0, jnp.stack(forced_Bt, -1), -1)
     shape = *best_BtMC.shape[:3], len(forced_Bt)
     return jnp.concatenate([jnp.broadcast_to(forced_BtF[:, :, None], shape), best_BtMC], -1)
 
 
 def _best(
-    scores_BtMZ: jax.Array, at: Where, of: Slots, block: int, *, count: int, low: int, back: int
+    scores_BtMZ: jax.Array, at: Positions, of: Slots, block: int, *, count: int, low: int, back: int
 ) -> jax.Array:
     """The blocks of the `count` best scores, [B, t, M, count], among low .. own - back."""
     own_Bt1 = at.positions_BT[..., None] // block

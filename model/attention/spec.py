@@ -1,24 +1,26 @@
-"""WHAT attention sees: `AttentionSpec` in configs, `Mask` in kernels.
+"""`AttentionSpec`: what a config says of one layer's attention, and a constructor for each kind.
 
-A mask is a pure function of (position, segment) pairs, evaluated on tiles, never on S x S.
-Positions count from 0 inside each document; segments tell the documents of a row apart, and
-segment 0 is padding (or an empty cache slot): it sees nothing and nothing sees it.
+pattern = (sliding(1024), sliding(1024), full(rope=None))
 """
 
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 
 from core.config import Section, UserError, setting
+from model.attention.mask import (
+    Bidirectional,
+    BlockSparse,
+    Chunk,
+    Dilated,
+    Full,
+    Mask,
+    Prefix,
+    Window,
+)
 from model.rope import Rope
-
-
-class Where(NamedTuple):
-    """Where tokens stand: in-document positions and segments, both int32 [B, T]."""
-
-    positions_BT: jax.Array
-    segments_BT: jax.Array
 
 
 class Heads(NamedTuple):
@@ -29,93 +31,34 @@ class Heads(NamedTuple):
     chosen: Any = None  # int32 [B, T, M, C], blocks that a query sees, or Pairs (pairs.py)
 
 
-@dataclasses.dataclass(frozen=True)
-class Mask:
-    """What a query may see of its own segment; distances count from the query back.
-
-    Near: a key less than `window` away (`window=1` is the query alone), or of the query's own
-    chunk of `chunk` tokens, or less than `local` blocks of `block` tokens back. No limit is 0.
-    Far, whatever limits near: the first `sinks` tokens, and every `stride`-th block back.
-    Causal: no key after the query, except that the first `prefix` tokens are seen by all.
-    """
-
-    causal: bool = True
-    window: int = 0
-    chunk: int = 0
-    block: int = 0
-    local: int = 0
-    stride: int = 0
-    sinks: int = 0
-    prefix: int = 0
-
-    def allowed(
-        self,
-        q_positions: jax.Array,
-        k_positions: jax.Array,
-        q_segments: jax.Array,
-        k_segments: jax.Array,
-    ) -> jax.Array:
-        """Booleans of the broadcast shape of the four int32 arguments."""
-        seen = (q_segments == k_segments) & (k_segments > 0)
-        if self.limited:
-            seen = seen & (
-                self._near(q_positions, k_positions) | self._far(q_positions, k_positions)
-            )
-        if self.causal:
-            past = k_positions <= q_positions
-            seen = seen & (past | (k_positions < self.prefix) if self.prefix else past)
-        return seen
-
-    def _near(self, q_positions, k_positions):
-        if self.window:
-            distance = q_positions - k_positions
-            return (distance if self.causal else abs(distance)) < self.window
-        if self.chunk:
-            return q_positions // self.chunk == k_positions // self.chunk
-        return q_positions // self.block - k_positions // self.block < self.local
-
-    def _far(self, q_positions, k_positions):
-        far = k_positions < self.sinks
-        if self.stride:
-            # Blocks apart by a multiple of the stride; no division is made pair by pair.
-            q_phase, k_phase = (x // self.block % self.stride for x in (q_positions, k_positions))
-            far = far | (q_phase == k_phase)
-        return far
-
-    @property
-    def limited(self) -> bool:
-        """Whether some earlier key may be out of sight."""
-        return bool(self.window or self.chunk or self.block)
-
-    @property
-    def near(self) -> int:
-        """Tokens that may be near, the query included; 0 is no limit."""
-        return self.window or self.chunk or self.local * self.block
-
-    @property
-    def kept(self) -> int:
-        """Tokens that a cache must keep, the first `sinks` among them; 0 is all."""
-        return 0 if self.stride or not self.near else self.near + self.sinks
-
-    @property
-    def reach(self) -> int:
-        """Tokens back that can be seen at all, the query included; 0 is no limit."""
-        return 0 if self.sinks or self.stride or not self.causal else self.near
-
-
 Kind = Literal[
-    "full", "sliding", "chunked", "block_sparse", "prefix", "bidirectional", "moba", "nsa", "stream"
-]
-NEEDS = {  # the fields that belong to kinds, and are at least 1 there
-    "window": ("sliding", "nsa", "stream"),
-    "chunk": ("chunked",),
-    "block": ("block_sparse", "moba", "nsa"),
-    "local": ("block_sparse",),
-    "prefix": ("prefix",),
-    "top": ("moba", "nsa"),
-    "compress": ("nsa",),
-    "step": ("nsa",),
+    "full", "sliding", "chunked", "block_sparse", "dilated", "prefix", "bidirectional",
+    "moba", "nsa", "stream",
+]  # fmt: skip
+MASKS: dict[str, type[Mask]] = {  # what may be seen at all; moba and nsa choose from that
+    "full": Full,
+    "sliding": Window,
+    "chunked": Chunk,
+    "block_sparse": BlockSparse,
+    "dilated": Dilated,
+    "prefix": Prefix,
+    "bidirectional": Bidirectional,
+    "moba": Full,
+    "nsa": Full,
+    "stream": Window,
 }
+CHOICE = {"moba": ("block", "top"), "nsa": ("window", "block", "top", "compress", "step")}
+
+
+def _fields(kind: str) -> tuple[set[str], set[str]]:
+    """The fields that a kind must have, at least 1, and those that it may have."""
+    fields = dataclasses.fields(MASKS[kind])
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+    return needed.union(CHOICE.get(kind, ())), {field.name for field in fields} - needed
+
+
+NEEDED, OPTIONAL = ({kind: _fields(kind)[i] for kind in MASKS} for i in range(2))
+OF_KINDS = sorted(set().union(*NEEDED.values(), *OPTIONAL.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +70,7 @@ class AttentionSpec(Section):
     chunk: int = setting(0, "kind='chunked': only the own chunk of so many tokens", low=0)
     block: int = setting(0, "tokens a block, counted from the start of the text", low=0)
     local: int = setting(0, "kind='block_sparse': blocks back in sight, the own included", low=0)
+    dilation: int = setting(0, "kind='dilated': a window sees every so many-th token", low=0)
     stride: int = setting(0, "it also sees every so many-th block back; 0 is none", low=0)
     top: int = setting(0, "blocks that a query chooses, those it always sees included", low=0)
     compress: int = setting(0, "kind='nsa': tokens that are compressed to one", low=0)
@@ -142,18 +86,16 @@ class AttentionSpec(Section):
     softcap: float = setting(0.0, "scores become cap * tanh(score / cap); 0 is off", low=0)
 
     def check(self) -> None:
-        for field, kinds in NEEDS.items():
+        for field in OF_KINDS:
             value = getattr(self, field)
-            if (self.kind in kinds) != (value > 0):
-                kinds = " or ".join(map(repr, kinds))
+            needed = field in NEEDED[self.kind]
+            if needed != (value > 0) and not (value and field in OPTIONAL[self.kind]):
+                kinds = [kind for kind in MASKS if field in NEEDED[kind] | OPTIONAL[kind]]
+                least = ", and is at least 1 there" * needed
                 raise UserError(
                     f"kind={self.kind!r} with {field}={value}: "
-                    f"a {field} goes with kind={kinds}, and is at least 1 there"
+                    f"{field} belongs to kind={' or '.join(map(repr, kinds))}{least}"
                 )
-        if self.stride and self.kind != "block_sparse":
-            raise UserError(f"stride={self.stride} goes with kind='block_sparse'")
-        if self.sinks and not self.mask.limited:
-            raise UserError(f"sinks={self.sinks}: kind={self.kind!r} sees the first tokens anyway")
         if self.kind == "stream" and not self.sinks:
             raise UserError("kind='stream' with sinks=0: that is kind='sliding'")
         if self.alibi and self.softcap:
@@ -184,11 +126,23 @@ class AttentionSpec(Section):
     @property
     def mask(self) -> Mask:
         """What may be seen at all: a query's choice, where it has one, is made from that."""
-        if self.top:
-            return Mask()
-        names = ("window", "chunk", "block", "local", "stride", "sinks", "prefix")
-        fields = {name: getattr(self, name) for name in names}
-        return Mask(causal=self.kind != "bidirectional", **fields)
+        mask = MASKS[self.kind]
+        return mask(**{f.name: getattr(self, f.name) for f in dataclasses.fields(mask)})
+
+    def keys_seen(self, length: int) -> np.ndarray:
+        """Keys that each token of a document of `length` attends to, int [length].
+
+        Those of the three branches of NSA add up; what it costs to choose blocks is not counted.
+        FLOPs and the cost model go by it.
+        """
+        if not self.top:
+            return self.mask.count(length)
+        q = np.arange(length)
+        chosen = q % self.block + 1 + np.minimum(q // self.block, self.top - 1) * self.block
+        if self.kind == "moba":
+            return chosen
+        compressed = np.maximum((q + 1 - self.compress) // self.step + 1, 0)
+        return chosen + compressed + np.minimum(q + 1, self.window)
 
 
 def full(**fields) -> AttentionSpec:
@@ -218,6 +172,14 @@ def block_sparse(block: int, local: int, stride: int = 0, **fields) -> Attention
     global tokens of Longformer and BigBird (arXiv 2004.05150, 2007.14062).
     """
     return AttentionSpec(kind="block_sparse", block=block, local=local, stride=stride, **fields)
+
+
+def dilated(window: int, dilation: int, **fields) -> AttentionSpec:
+    """Causal attention to every `dilation`-th token back, `window` of them, the query included.
+
+    As in the dilated sliding window of Longformer (arXiv 2004.05150).
+    """
+    return AttentionSpec(kind="dilated", window=window, dilation=dilation, **fields)
 
 
 def prefix(tokens: int, **fields) -> AttentionSpec:

@@ -5,7 +5,7 @@ its data, as in the splash ("sparse flash") attention of JAX. There the list is 
 places in the row; here in XLA from positions and segments: every `Mask`, packed documents, any
 order of tokens and each hop of a ring have a list of their own.
 
-    out_BTNH, lse_BTN = forward(q_BTNH, k_BSKH, v_BSKH, at, at, Mask(), scale=0.125, softcap=0.0)
+    out_BTNH, lse_BTN = forward(q_BTNH, k_BSKH, v_BSKH, at, at, Full(), scale=0.125, softcap=0.0)
 
 The grid is as long as the list of the row that has most: what is ruled out costs neither a copy
 nor a step. On other platforms than TPUs the kernels are interpreted: slow, and the same.
@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 
 from core.config import Unsupported
 from model.attention import splash_tiles, tiles
-from model.attention.spec import Mask, Where
+from model.attention.mask import Mask, Positions
 from model.attention.splash_call import SUBLANES, Call
 from model.attention.tiles import How
 
@@ -38,8 +38,8 @@ def forward(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    q_at: Where,
-    k_at: Where,
+    q_at: Positions,
+    k_at: Positions,
     mask: Mask,
     *,
     scale: float,
@@ -73,8 +73,8 @@ def backward(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    q_at: Where,
-    k_at: Where,
+    q_at: Positions,
+    k_at: Positions,
     mask: Mask,
     dout_BTNH: jax.Array,
     lse_BTN: jax.Array,
@@ -128,7 +128,7 @@ def backward(
 
 def _block(length: int, limit: int, mask: Mask) -> int:
     """Tokens of a block: about half of what a query can see, within the bounds."""
-    extent = min(2 * mask.block or mask.near or length, length)
+    extent = min(mask.extent or length, length)
     block = max(MIN_BLOCK, min(limit, 2 ** (max(extent // 2, 1).bit_length() - 1)))
     return min(block, _round_up(length, LANES))
 
@@ -156,10 +156,10 @@ def _heads_first(x_BTNH: jax.Array, length: int) -> jax.Array:
     return jnp.pad(x_BTNH, ((0, 0), (0, short), (0, 0), (0, 0))).swapaxes(1, 2)
 
 
-def _rows(at: Where, length: int) -> jax.Array:
-    """[B, 8, length]: positions, segments, and zeros; padding is of segment 0, seen by nobody."""
-    at_B2T = jnp.stack(at, 1)
-    return jnp.pad(at_B2T, ((0, 0), (0, SUBLANES - 2), (0, length - at_B2T.shape[2])))
+def _rows(at: Positions, length: int) -> jax.Array:
+    """[B, 8, length]: positions, segments, until, and zeros; padding has segment 0."""
+    at_B3T = at.stacked(1)
+    return jnp.pad(at_B3T, ((0, 0), (0, SUBLANES - 3), (0, length - at_B3T.shape[2])))
 
 
 def _split(x_BNT: jax.Array, U: int) -> jax.Array:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from model.attention import blocks, pallas, splash_tiles, tiles
-from model.attention.spec import Mask, Where
+from model.attention import pallas, splash_tiles, tiles
+from model.attention.mask import FAR, Mask, Positions
 from model.attention.tiles import How
 
 SUBLANES = 8  # of a TPU register: positions and segments stand in so many rows
@@ -129,18 +129,18 @@ def tile_list(
     A query block that meets no key block visits one all the same: its result must be written.
     Rows with fewer tiles stay at their last one and do nothing.
     """
-    q_at, k_at = (Where(at_B8[:, 0], at_B8[:, 1]) for at_B8 in (q_at_B8T, k_at_B8S))
-    meets_BYZ, whole_BYZ = tiles.met(mask, tiles.cut(q_at, R), tiles.cut(k_at, C))
-    B, Y, Z = meets_BYZ.shape
+    q_at, k_at = (Positions(*(at_B8[:, i] for i in range(3))) for at_B8 in (q_at_B8T, k_at_B8S))
+    seen_BYZ, whole_BYZ = tiles.met(mask, tiles.cut(q_at, R), tiles.cut(k_at, C))
+    B, Y, Z = seen_BYZ.shape
     y_1Y1, z_11Z = jnp.arange(Y)[None, :, None], jnp.arange(Z)[None, None]
-    visits_BYZ = meets_BYZ | (~meets_BYZ.any(2, keepdims=True) & (z_11Z == 0))
+    visits_BYZ = seen_BYZ | (~seen_BYZ.any(2, keepdims=True) & (z_11Z == 0))
     flags_BYZ = jnp.where(whole_BYZ, splash_tiles.WHOLE, splash_tiles.PARTIAL)
     first_BY1 = visits_BYZ.argmax(2, keepdims=True)
     last_BY1 = Z - 1 - visits_BYZ[:, :, ::-1].argmax(2, keepdims=True)
     flags_BYZ += (z_11Z == first_BY1) * splash_tiles.FIRST + (z_11Z == last_BY1) * splash_tiles.LAST
     place_1YZ = splash_tiles.entry(y_1Y1, z_11Z, 0)
-    tiles_BYZ = jnp.where(visits_BYZ, place_1YZ + flags_BYZ, blocks.FAR)
+    tiles_BYZ = jnp.where(visits_BYZ, place_1YZ + flags_BYZ, FAR)
     end_B1 = jnp.where(visits_BYZ, place_1YZ, 0).max((1, 2))[:, None]
     tiles_BW = jnp.sort(tiles_BYZ.reshape(B, Y * Z), axis=1)
-    tiles_BW = jnp.where(tiles_BW == blocks.FAR, end_B1, tiles_BW)
+    tiles_BW = jnp.where(tiles_BW == FAR, end_B1, tiles_BW)
     return tiles_BW, visits_BYZ.sum((1, 2)).max()

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from model.attention.spec import Where
+from model.attention.mask import Positions
 from model.attention.tiles import LOG2_E, ROWS_BY_COLUMNS, ROWS_BY_ROWS, How, dot, scores
 
 # An entry of a list: the query block, the key block and what to do there, in 13, 14 and 4 bits.
@@ -48,7 +48,7 @@ def forward(
     q_RH,
     k_CH,
     v_HC,
-    q_at_8R,  # position, segment, and rows of padding
+    q_at_8R,  # position, segment, until, and rows of padding
     k_at_8C,
     how: How,
     num_tiles: int,
@@ -146,6 +146,6 @@ def _scores(how: How, k_CH, q_RH, slope, q_at_8R, k_at_8C, masked: bool):
     q_at = k_at = None
     if masked or how.alibi:
         k_at_C8 = k_at_8C[...].T
-        q_at = Where(q_at_8R[0:1, :], q_at_8R[1:2, :])
-        k_at = Where(k_at_C8[:, 0:1], k_at_C8[:, 1:2])
+        q_at = Positions(*(q_at_8R[i : i + 1, :] for i in range(3)))
+        k_at = Positions(k_at_C8[:, 0:1], k_at_C8[:, 1:2])
     return scores(how, dot(k_CH, q_RH, ROWS_BY_ROWS), slope, q_at, k_at, masked)

@@ -1,6 +1,6 @@
 """WHERE, by name: what each `mesh.strategy` does with a kernel, and which one `auto` means.
 
-call = Call.of(q_BTNH, k_BTKH, full(), "chunked", rules)
+call = Call.of(q_BTNH, k_BTKH, at, full(), "chunked", rules)
 out_BTNH = call.way.attention(q_BTNH, k_BTKH, v_BTKH, heads, at, at)        inside shard_map
 """
 
@@ -18,10 +18,10 @@ from core.sharding import Rules, device_kind
 from model.attention import cost, gather, local, ring, splash, ulysses
 from model.attention.blocks import Pair, Part
 from model.attention.kernels import kernel_of, log_once
+from model.attention.mask import Positions
 from model.attention.pairs import Pairs
 from model.attention.picked import Picked
 from model.attention.picked_tpu import PickedTpu
-from model.attention.seen import keys_seen
 from model.attention.spec import AttentionSpec
 
 # Kernels that go to chosen blocks in a way of their own; to the others these are tiles.
@@ -64,14 +64,28 @@ class Call(NamedTuple):
     q_shape: tuple[int, int, int, int]
     num_kv_heads: int
     itemsize: int
+    looks_ahead: bool = False  # queries see later tokens, up to their `until`
 
     @classmethod
     def of(
-        cls, q_BTNH: jax.Array, k_BTKH: jax.Array, spec: AttentionSpec, kernel: str, rules: Rules
+        cls,
+        q_BTNH: jax.Array,
+        k_BTKH: jax.Array,
+        at: Positions,
+        spec: AttentionSpec,
+        kernel: str,
+        rules: Rules,
     ) -> "Call":
         """The call for these arrays."""
+        looks_ahead = at.until_BT is not None
+        if looks_ahead and (spec.top or spec.kind == "stream"):
+            raise Unsupported(
+                f"kind={spec.kind!r} with tokens that see later ones (until): it chooses from what "
+                "is past; take 'full', 'sliding', 'chunked', 'block_sparse' or 'dilated'"
+            )
         how = kernel_of(kernel, q_BTNH.shape[1] // rules.size("length"))
-        return cls(how, spec, rules, q_BTNH.shape, k_BTKH.shape[2], q_BTNH.dtype.itemsize)
+        sizes = q_BTNH.shape, k_BTKH.shape[2], q_BTNH.dtype.itemsize
+        return cls(how, spec, rules, *sizes, looks_ahead)
 
     @property
     def way(self) -> "Way":
@@ -96,9 +110,12 @@ class Call(NamedTuple):
 
     @property
     def reach(self) -> tuple[int, int]:
-        """Shards before and after its own that a token may see; a ring is all before."""
+        """Shards before and after its own that a token may see; a ring is all before.
+
+        How far `until` lies ahead is not known here: then a window goes round the whole ring too.
+        """
         size, window = self.rules.ring_size(), self.spec.mask.reach
-        if not window or self.rules.layout == "dealt":
+        if not window or self.looks_ahead or self.rules.layout == "dealt":
             return size - 1, 0
         return layout.reach(self.rules.layout, self.q_shape[1], size, window)
 
@@ -120,7 +137,7 @@ class Call(NamedTuple):
             self.num_kv_heads // rules.size("act_kv_heads"),
             H,
             self.itemsize,
-            rows * tokens * float(keys_seen(self.spec, T).mean()),
+            rows * tokens * float(self.spec.keys_seen(T).mean()),
             1 + sum(self.reach),
             self.ways,
             rules.layout == "contiguous",

@@ -1,6 +1,6 @@
 """What the Pallas kernels share: which tiles count, and the scores of one.
 
-    meets_BYZ, whole_BYZ = met(mask, cut(q_at, R), cut(k_at, C))    # before the kernel, in XLA
+    seen_BYZ, whole_BYZ = met(mask, cut(q_at, R), cut(k_at, C))    # before the kernel, in XLA
     s_RC, tanh_RC = scores(how, s_RC, slope, q_at, k_at, masked)    # in the kernel
 
 Beyond the letters of the repo: Y query blocks of R, Z key blocks of C.
@@ -12,8 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from model.attention import blocks
-from model.attention.spec import Mask, Where
+from model.attention.mask import Bounds, Mask, Positions, bounds
 
 LOG2_E = math.log2(math.e)
 
@@ -30,32 +29,32 @@ class How(NamedTuple):
     alibi: bool
 
 
-def cut(at: Where, block: int) -> Where:
+def cut(at: Positions, block: int) -> Positions:
     """[B, T] -> [B, Y, R]."""
-    return Where(*(x_BT.reshape(x_BT.shape[0], -1, block) for x_BT in at))
+    return jax.tree.map(lambda x_BT: x_BT.reshape(x_BT.shape[0], -1, block), at)
 
 
-def met(mask: Mask, q_at_BYR: Where, k_at_BZC: Where) -> tuple[jax.Array, jax.Array]:
+def met(mask: Mask, q_at_BYR: Positions, k_at_BZC: Positions) -> tuple[jax.Array, jax.Array]:
     """Booleans [B, Y, Z]: tiles with pairs that may count, and those where all pairs do."""
-    (q_ends, q_whole_BY), (k_ends, k_whole_BZ) = _ends(q_at_BYR), _ends(k_at_BZC)
-    q_ends = jax.tree.map(lambda x_BY: x_BY[:, :, None], q_ends)
-    k_ends = jax.tree.map(lambda x_BZ: x_BZ[:, None, :], k_ends)
-    meets_BYZ = blocks.meets(mask, q_ends, k_ends)
-    whole_BYZ = blocks.covers(mask, q_ends, k_ends) & meets_BYZ
-    return meets_BYZ, whole_BYZ & q_whole_BY[:, :, None] & k_whole_BZ[:, None, :]
+    (q_bounds, q_whole_BY), (k_bounds, k_whole_BZ) = _bounds(q_at_BYR), _bounds(k_at_BZC)
+    q_bounds = jax.tree.map(lambda x_BY: x_BY[:, :, None], q_bounds)
+    k_bounds = jax.tree.map(lambda x_BZ: x_BZ[:, None, :], k_bounds)
+    seen_BYZ = mask.may_see(q_bounds, k_bounds)
+    whole_BYZ = mask.sees_all(q_bounds, k_bounds) & seen_BYZ
+    return seen_BYZ, whole_BYZ & q_whole_BY[:, :, None] & k_whole_BZ[:, None, :]
 
 
-def _ends(at_BYR: Where) -> tuple[blocks.Ends, jax.Array]:
-    """The ends of each block, [B, Y], and whether it is of one document, without padding."""
+def _bounds(at_BYR: Positions) -> tuple[Bounds, jax.Array]:
+    """The bounds of each block, [B, Y], and whether it is of one document, without padding."""
     B, Y, R = at_BYR.segments_BT.shape
-    ends = blocks.ends(Where(*(x.reshape(B * Y, 1, R) for x in at_BYR)))
+    of_blocks = bounds(jax.tree.map(lambda x: x.reshape(B * Y, 1, R), at_BYR))
     low_BY, high_BY = at_BYR.segments_BT.min(2), at_BYR.segments_BT.max(2)
     whole_BY = (low_BY == high_BY) & (low_BY > 0)
-    return jax.tree.map(lambda x: x.reshape(B, Y), ends), whole_BY
+    return jax.tree.map(lambda x: x.reshape(B, Y), of_blocks), whole_BY
 
 
 def scores(
-    how: How, s: jax.Array, slope: jax.Array, q_at: Where, k_at: Where, masked: bool
+    how: How, s: jax.Array, slope: jax.Array, q_at: Positions, k_at: Positions, masked: bool
 ) -> tuple[jax.Array, jax.Array | None]:
     """From q k^T: scores in base 2, -inf where the mask rules; with a soft-cap the tanh in them.
 
@@ -72,10 +71,7 @@ def scores(
         ahead = k_at.positions_BT - q_at.positions_BT
         s += (slope * LOG2_E) * ahead.astype(jnp.float32)
     if masked:
-        allowed = how.mask.allowed(
-            q_at.positions_BT, k_at.positions_BT, q_at.segments_BT, k_at.segments_BT
-        )
-        s = jnp.where(allowed, s, -jnp.inf)
+        s = jnp.where(how.mask.pairs(q_at, k_at), s, -jnp.inf)
     return s, tanh
 
 

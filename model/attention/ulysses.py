@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model.attention.spec import Heads, Where
+from model.attention.mask import Positions
+from model.attention.spec import Heads
 
 # What it gives has the tokens in dim 1 and the heads in dim 2: out, or the out and lse of a Part.
-Inner = Callable[[jax.Array, jax.Array, jax.Array, Heads, Where, Where], Any]
+Inner = Callable[[jax.Array, jax.Array, jax.Array, Heads, Positions, Positions], Any]
 
 
 def deals(heads: int, kv_heads: int, degree: int) -> bool:
@@ -31,8 +32,8 @@ def attention(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     heads: Heads,
-    q_at: Where,
-    k_at: Where,
+    q_at: Positions,
+    k_at: Positions,
 ) -> Any:
     """What `inner` gives [B, T, N, ...], over the tokens of each of the `groups` of `axes`."""
     how = dict(axis_name=axes, axis_index_groups=groups, tiled=True)

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from core import sharding, tree
+from core.config import Unsupported
 from data.tokenizer_base import Tokenizer
 from infer import logprobs, steps
 from infer.draw import Counts
 from infer.programs import Programs, bucket
 from infer.sampling import Packed
-from infer.steps import Made, Prefilled, State
+from infer.steps import Chunk, Made, Prefilled, State
 from model import cache, transformer, weights
 from model.cache import PLAIN
 from model.cache_form import Form
@@ -53,6 +54,18 @@ class Plan(NamedTuple):
 def chunk_for(tokens: int, longest: int) -> int:
     """`longest`, or the power of 2 from 16 on that is enough for `tokens` in one step."""
     return min(longest, max(16, 2 ** math.ceil(math.log2(max(tokens, 1)))))
+
+
+def _end(until_BT: np.ndarray, start: int, chunk: int) -> int:
+    """Where the longest chunk from `start` on ends such that no token in it looks beyond it."""
+    seen_T = np.maximum.accumulate(until_BT[:, start : start + chunk].max(axis=0))
+    whole_T = np.flatnonzero(seen_T < start + 1 + np.arange(chunk))
+    if not whole_T.size:
+        raise Unsupported(
+            f"tokens {start} to {seen_T[-1]} of the rows see each other, but a prefill chunk has "
+            f"{chunk} tokens, and must hold them whole: raise the chunk"
+        )
+    return start + 1 + int(whole_T[-1])
 
 
 def _keys(seed_B: jax.Array, sample_B: jax.Array) -> jax.Array:
@@ -91,6 +104,7 @@ class Engine:
             "empty": jax.jit(self._empty),
             "keys": jax.jit(_keys),
             "extend": jax.jit(steps.extend, donate_argnums=1),
+            "extend_until": jax.jit(steps.extend, donate_argnums=1),
             "extend_and_score": jax.jit(steps.extend, donate_argnums=1),
             "follow": jax.jit(logprobs.following),
             "advance": jax.jit(functools.partial(steps.advance, **self.static), donate_argnums=1),
@@ -139,14 +153,18 @@ class Engine:
         now: Prefilled | None = None,
         first: int = 0,
         new: Sequence[int] | None = None,
+        until: Sequence[np.ndarray] | None = None,
     ) -> Prefilled:
         """The tokens `first` and later of at most `plan.batch` rows, in chunks, after `now`.
 
-        At most `new` tokens will follow each row; `plan.new` if that is None.
+        At most `new` tokens will follow each row; `plan.new` if that is None. `until` [T] of each
+        row is the last token that each of its tokens sees, itself or a later one: a chunk then ends
+        where none looks beyond it. Unsupported if no chunk of the plan is long enough.
         """
         now, new_B = self.empty() if now is None else now, self._new(new)
-        for chunk in self.chunks(rows, first):
-            now, _ = self._run("extend", self.model, now, *chunk, new_B)
+        name = "extend" if until is None else "extend_until"
+        for chunk in self.chunks(rows, first, until):
+            now, _ = self._run(name, self.model, now, chunk, new_B)
         return now
 
     def score(
@@ -169,8 +187,8 @@ class Engine:
             parts.append(np.asarray(logprob_B)[:, None])
         new_B = self._new(new)
         shifted = self.chunks([np.append(row[1:], 0) for row in rows], first)
-        for chunk, (targets_BT, _, _) in zip(self.chunks(rows, first), shifted, strict=True):
-            args = self.model, now, *chunk, new_B, targets_BT
+        for chunk, targets in zip(self.chunks(rows, first), shifted, strict=True):
+            args = self.model, now, chunk, new_B, targets.tokens_BT
             now, logprobs_BT = self._run("extend_and_score", *args)
             parts.append(np.asarray(logprobs_BT))
         logprobs_BT = np.concatenate(parts, axis=1)
@@ -184,20 +202,36 @@ class Engine:
         return self.place(new_B)
 
     def chunks(
-        self, rows: Sequence[np.ndarray], first: int = 0
-    ) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
-        """(tokens [B, chunk], where they start, tokens of each row [B]) up to the longest row."""
-        B, chunk = self.plan.batch, self.plan.chunk
-        length_B = np.zeros(B, np.int32)
+        self,
+        rows: Sequence[np.ndarray],
+        first: int = 0,
+        until: Sequence[np.ndarray] | None = None,
+    ) -> Iterator[Chunk]:
+        """The chunks of `prefill`, from token `first` up to the end of the longest row."""
+        chunk, longest = self.plan.chunk, max(map(len, rows), default=0)
+        length_B = np.zeros(self.plan.batch, np.int32)
         length_B[: len(rows)] = [len(row) for row in rows]
-        end = first + math.ceil((length_B.max() - first) / chunk) * chunk
-        tokens_BT = np.zeros((B, end), np.int32)
-        for b, row in enumerate(rows):
-            tokens_BT[b, : len(row)] = row
-        self._check(tokens_BT, length_B.max(initial=0))
+        tokens_BT = self._padded(rows, longest + chunk)
+        self._check(tokens_BT, longest)
         lengths = self.place(length_B)
-        for start in range(first, end, chunk):
-            yield self.place(tokens_BT[:, start : start + chunk]), jnp.int32(start), lengths
+        if until is None:
+            for start in range(first, longest, chunk):
+                yield Chunk(
+                    self.place(tokens_BT[:, start : start + chunk]), jnp.int32(start), lengths
+                )
+            return
+        until_BT, start = self._padded(until, longest + chunk), first
+        while start < longest:
+            here, end = slice(start, start + chunk), _end(until_BT, start, chunk)
+            arrays = self.place(tokens_BT[:, here]), jnp.int32(start), lengths
+            yield Chunk(*arrays, self.place(until_BT[:, here]), jnp.int32(end))
+            start = end
+
+    def _padded(self, rows: Sequence[np.ndarray], length: int) -> np.ndarray:
+        padded_BT = np.zeros((self.plan.batch, length), np.int32)
+        for b, row in enumerate(rows):
+            padded_BT[b, : len(row)] = row
+        return padded_BT
 
     def _check(self, tokens_BT: np.ndarray, longest: int) -> None:
         """Asserts what commands refuse by name: JAX would take the last row of a table, and the

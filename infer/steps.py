@@ -45,6 +45,16 @@ class State:
     counts: Counts | None  # only when penalties are on
 
 
+class Chunk(NamedTuple):
+    """The tokens that one prefill step reads: start .. start + T - 1 of each row."""
+
+    tokens_BT: jax.Array
+    start: jax.Array
+    length_B: jax.Array  # tokens that each row has in all
+    until_BT: jax.Array | None = None  # the last token that each of them sees
+    end: jax.Array | None = None  # with until: the tokens from here on are left to the next step
+
+
 class Made(NamedTuple):
     """What a call of the decode loop gives: tokens, -1 where a row had ended before, and the
     model's own log-probabilities of them and of the likeliest.
@@ -59,22 +69,32 @@ class Made(NamedTuple):
 def extend(
     model: Transformer,
     now: Prefilled,
-    tokens_BT: jax.Array,
-    start: jax.Array,
-    length_B: jax.Array,
+    chunk: Chunk,
     new_B: jax.Array,
     targets_BT: jax.Array | None = None,
 ) -> tuple[Prefilled, jax.Array | None]:
-    """One prefill step: tokens start..start+T-1 of each row, of which `length_B` are real.
+    """One prefill step; up to `new_B` tokens will follow those of the rows.
 
-    Up to `new_B` tokens will follow these. Beside what comes after the chunk: the log-probability
-    [B, T] of each target after its token, if any are given. Where the length is sharded the chunk
-    is dealt to the shards: `cache.collect` puts in order what comes of it.
+    Beside what comes after the chunk: the log-probability [B, T] of each target after its token,
+    if any are given. Where the length is sharded the chunk is dealt to the shards; `cache.collect`
+    puts in order what comes of it.
     """
+    tokens_BT, start, length_B, until_BT, end = chunk
     at_BT = tokens_BT * 0 + (start + jnp.arange(tokens_BT.shape[1]))[None, :]
-    tokens_BT, at_BT = (cache.deal(x_BT, start, model.rules) for x_BT in (tokens_BT, at_BT))
-    segments_BT = (at_BT < length_B[:, None]).astype(jnp.int32)
-    hidden_BTD, kv = model(tokens_BT, at_BT, segments_BT, now.cache, length_B + new_B)
+    tokens_BT, at_BT, until_BT = jax.tree.map(
+        lambda x_BT: cache.deal(x_BT, start, model.rules), (tokens_BT, at_BT, until_BT)
+    )
+    is_read_BT = at_BT < length_B[:, None]
+    if end is not None:
+        is_read_BT &= at_BT < end
+    hidden_BTD, kv = model(
+        tokens_BT,
+        at_BT,
+        is_read_BT.astype(jnp.int32),
+        now.cache,
+        length_B + new_B,
+        until_BT=until_BT,
+    )
     is_last_BT = at_BT == length_B[:, None] - 1
     last_BD = jnp.einsum(
         "BTD,BT->BD", hidden_BTD, is_last_BT.astype(hidden_BTD.dtype),

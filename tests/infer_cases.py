@@ -80,11 +80,11 @@ def save(workdir, model=None, with_tokenizer=True) -> None:
 
 
 @jax.jit
-def _forward(model, tokens_BT, positions_BT, segments_BT):
-    return model.logits(model(tokens_BT, positions_BT, segments_BT)[0])
+def _forward(model, tokens_BT, positions_BT, segments_BT, until_BT):
+    return model.logits(model(tokens_BT, positions_BT, segments_BT, until_BT=until_BT)[0])
 
 
-def full_logits(model, tokens) -> np.ndarray:
+def full_logits(model, tokens, until=None) -> np.ndarray:
     """Logits [T, V] of one forward pass over all tokens at once, without a cache.
 
     Padding up to the context keeps it to one shape.
@@ -93,8 +93,12 @@ def full_logits(model, tokens) -> np.ndarray:
     tokens_1T[0, : len(tokens)] = tokens
     positions_1T = np.arange(tokens_1T.shape[1], dtype=np.int32)[None]
     segments_1T = (positions_1T < len(tokens)).astype(np.int32)
-    args = (tokens_1T, positions_1T, segments_1T)
-    placed = [jax.device_put(x, model.rules("batch", "length")) for x in args]
+    until_1T = None
+    if until is not None:
+        until_1T = positions_1T.copy()
+        until_1T[0, : len(tokens)] = until
+    args = (tokens_1T, positions_1T, segments_1T, until_1T)
+    placed = jax.device_put(args, model.rules("batch", "length"))
     return np.asarray(_forward(model, *placed))[0, : len(tokens)]
 
 

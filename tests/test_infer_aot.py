@@ -62,7 +62,7 @@ def program(name, form=Form(), length=LENGTH, kind="compute", **fields):  # noqa
         place = jax.NamedSharding(jax.sharding.get_mesh(), rules("batch", None))
         tokens_BT = jax.ShapeDtypeStruct((1, CHUNK), jnp.int32, sharding=place)
         number = jax.ShapeDtypeStruct((), jnp.int32)
-        step, args = steps.extend, (now, tokens_BT, number, row_B, row_B)
+        step, args = steps.extend, (now, steps.Chunk(tokens_BT, number, row_B), row_B)
     else:
         step = functools.partial(steps.advance, eos=(), vocab_size=320)
         args = decoding, decoding.done_B

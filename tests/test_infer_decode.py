@@ -162,7 +162,7 @@ def compiled(name, sizes, length):
         engine = Engine(model, Plan.of(1, length, 0, 32))
         now = engine.prefill([])  # compiles nothing but the empty cache
         if name == "extend":
-            args = now, *next(engine.chunks(PROMPTS[1:2])), engine.place(np.zeros(1, np.int32))
+            args = now, next(engine.chunks(PROMPTS[1:2])), engine.place(np.zeros(1, np.int32))
         else:
             args = engine.start(now, PROMPTS[1:2], [0], GREEDY), engine.place(np.zeros(1, bool))
             model = engine.decoder

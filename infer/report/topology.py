@@ -179,7 +179,8 @@ def _program(case: Case, model: Transformer, shapes: Plan, name: str) -> tuple[A
     if name == "extend":
         place = jax.NamedSharding(jax.sharding.get_mesh(), rules("batch", None))
         tokens_BT = jax.ShapeDtypeStruct((B, shapes.chunk), jnp.int32, sharding=place)
-        return steps.extend, (now, tokens_BT, jax.ShapeDtypeStruct((), jnp.int32), row_B, row_B)
+        chunk = steps.Chunk(tokens_BT, jax.ShapeDtypeStruct((), jnp.int32), row_B)
+        return steps.extend, (now, chunk, row_B)
     if name == "advance":
         advance = functools.partial(steps.advance, eos=(), vocab_size=config.vocab_size)
         return advance, (decoding, decoding.done_B)

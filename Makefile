@@ -27,7 +27,7 @@ quickstart: setup
 	$(BIN)/python -m data.prepare $(CONFIG)
 	$(BIN)/python -m train.pretrain $(CONFIG)
 	$(BIN)/python -m infer.decode $(CONFIG)
-	$(BIN)/python -m infer.bench $(CONFIG)
+	$(BIN)/python -m evals.bench $(CONFIG)
 
 test: setup
 	$(BIN)/python -m pytest --durations=10

@@ -16,7 +16,7 @@ PACKAGES = [
     "data",
     "infer",
     "infer.report",
-    "infer.ruler",
+    "evals.ruler",
     "model",
     "model.attention",
     "model.families",

@@ -1,5 +1,5 @@
 """Benchmarks: commands that print ratios to peers, measured interleaved in one run."""
 
-from core import interrupt
+from core.command import interrupt
 
 interrupt.watch()

@@ -11,9 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench.commands import call
-from core import cli
-from core.output import File, begins_with, is_json
+from bench.sides.commands import call
+from core.command import cli
+from core.storage.output import File, begins_with, is_json
 
 ROWS, TABLE = Path("docs/aot.json"), Path("docs/aot.md")
 LENGTHS = {"32K": 2**15, "128K": 2**17, "512K": 2**19, "1M": 2**20}

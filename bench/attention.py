@@ -18,9 +18,9 @@ import statistics
 import sys
 from typing import NamedTuple
 
-from bench.commands import several, whole
-from bench.turns import Worker
-from core import cli
+from bench.sides.commands import several, whole
+from bench.sides.turns import Worker
+from core.command import cli
 
 HEADS, WINDOW = 8, 1024
 DENSE_LIMIT = 8192  # the scores of 32K would be 34 GB
@@ -39,13 +39,13 @@ MACHINES = {
 }
 # (row of the table, module of the worker, which of its implementations)
 IMPLEMENTATIONS = (
-    ("ours", "bench.attention_ours", "ours"),
-    ("ring x4", "bench.attention_ring", "ring"),
-    ("moba", "bench.attention_ours", "moba"),
-    ("nsa", "bench.attention_ours", "nsa"),
-    ("jax.nn", "bench.attention_ours", "jax"),
-    ("torch sdpa", "bench.attention_torch", "sdpa"),
-    ("torch flex", "bench.attention_torch", "flex"),
+    ("ours", "bench.sides.attention_ours", "ours"),
+    ("ring x4", "bench.sides.attention_ring", "ring"),
+    ("moba", "bench.sides.attention_ours", "moba"),
+    ("nsa", "bench.sides.attention_ours", "nsa"),
+    ("jax.nn", "bench.sides.attention_ours", "jax"),
+    ("torch sdpa", "bench.sides.attention_torch", "sdpa"),
+    ("torch flex", "bench.sides.attention_torch", "flex"),
 )
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     machine = MACHINES[args.on]
     if args.on == "gpu":  # JAX would take three quarters of the memory that the others need too
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    pythons = {"bench.attention_torch": args.torch_python}
+    pythons = {"bench.sides.attention_torch": args.torch_python}
     for length in args.lengths or several(whole)(machine.lengths):
         for window in (0, WINDOW):
             for backward in (False, True):

@@ -17,8 +17,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from bench.commands import call, whole
-from core import cli, lazy
+from bench.sides.commands import call, whole
+from core import lazy
+from core.command import cli
 from model import checkpoint_files, families, safetensors
 from model.safetensors import Writer
 

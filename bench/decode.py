@@ -18,9 +18,9 @@ import statistics
 import sys
 from typing import NamedTuple
 
-from bench.commands import choice, several, whole
-from bench.turns import Worker
-from core import cli
+from bench.sides.commands import choice, several, whole
+from bench.sides.turns import Worker
+from core.command import cli
 
 WIDTH, LAYERS, HEADS, MLP, VOCAB = 768, 12, 12, 2048, 32000
 WEIGHTS = LAYERS * (4 * WIDTH * WIDTH + 3 * WIDTH * MLP) + VOCAB * WIDTH  # head and table are one
@@ -41,18 +41,18 @@ class Peer(NamedTuple):
 
 PEERS = {
     "float32": (
-        Peer("ours", "bench.decode_ours", "float32", 4, 4),
-        Peer("hf dynamic", "bench.decode_hf", "dynamic", 4, 4),
-        Peer("hf static", "bench.decode_hf", "static", 4, 4),
+        Peer("ours", "bench.sides.decode_ours", "float32", 4, 4),
+        Peer("hf dynamic", "bench.sides.decode_hf", "dynamic", 4, 4),
+        Peer("hf static", "bench.sides.decode_hf", "static", 4, 4),
     ),
     "bfloat16": (
-        Peer("ours", "bench.decode_ours", "bfloat16", 2, 2),
-        Peer("ours int8", "bench.decode_ours", "int8", 1, 2),
-        Peer("ours int4", "bench.decode_ours", "int4", INT4, 2),
-        Peer("hf dynamic", "bench.decode_hf", "dynamic", 2, 2),
-        Peer("hf static", "bench.decode_hf", "static", 2, 2),
-        Peer("llama f16", "bench.decode_llama", "f16", 2, 2),
-        Peer("llama q8_0", "bench.decode_llama", "q8_0", 34 / 32, 2),
+        Peer("ours", "bench.sides.decode_ours", "bfloat16", 2, 2),
+        Peer("ours int8", "bench.sides.decode_ours", "int8", 1, 2),
+        Peer("ours int4", "bench.sides.decode_ours", "int4", INT4, 2),
+        Peer("hf dynamic", "bench.sides.decode_hf", "dynamic", 2, 2),
+        Peer("hf static", "bench.sides.decode_hf", "static", 2, 2),
+        Peer("llama f16", "bench.sides.decode_llama", "f16", 2, 2),
+        Peer("llama q8_0", "bench.sides.decode_llama", "q8_0", 34 / 32, 2),
     ),
 }
 
@@ -69,7 +69,10 @@ def main() -> None:
     parser.add_argument("--batches", type=numbers, default="1,8", help="rows, with commas")
     parser.add_argument("--dtypes", type=dtypes, default="float32,bfloat16", help="with commas")
     args = parser.parse_args()
-    pythons = {"bench.decode_hf": args.hf_python, "bench.decode_llama": args.llama_python}
+    pythons = {
+        "bench.sides.decode_hf": args.hf_python,
+        "bench.sides.decode_llama": args.llama_python,
+    }
     for dtype in args.dtypes:
         for batch in args.batches:
             for context in args.contexts:
@@ -100,7 +103,7 @@ def run(task: dict, pythons: dict[str, str | None], rounds: int) -> None:
 
 def can(peer: Peer, pythons: dict[str, str | None], dtype: str, batch: int, context: int) -> bool:
     """Whether the peer is there and has this case."""
-    if peer.module == "bench.decode_llama":
+    if peer.module == "bench.sides.decode_llama":
         return bool(pythons[peer.module]) and context * batch <= LLAMA_LONGEST
     return True
 

@@ -21,7 +21,7 @@ from jax._src.pallas.triton import lowering  # alone knows the dialects to read 
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 
-from core import cli
+from core.command import cli
 from model.attention import blocks, gpu
 from model.attention.mask import BlockSparse, Full, Mask, Positions, Window
 

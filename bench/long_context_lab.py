@@ -15,16 +15,17 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench.commands import call
-from core import cli, files
-from core.output import File, begins_with, is_json
+from bench.sides.commands import call
+from core.command import cli
+from core.storage import files
+from core.storage.output import File, begins_with, is_json
 
 CONFIG = "configs/long_context_lab.py"
 SHORT = "short", "short-nsa"  # where the others begin
 KINDS = "full", "sliding", "sinks", "moba", "nsa"
 EXTENDED, TRAINED = "extended", "yarn, trained a little at 4K"
 DOCS, PAGE = Path("docs"), "long-context-lab"
-COMMANDS = "data.prepare", "train.pretrain", "infer.recall"
+COMMANDS = "data.prepare", "train.pretrain", "evals.recall"
 # Okabe and Ito's palette, and a marker each: told apart by every eye, and in print.
 STYLES = {
     "full": ("#000000", "s"),
@@ -179,7 +180,7 @@ Written by `make lab` (`bench/long_context_lab.py`, which trains and asks all mo
 Each text holds 32 records, `VALUE key`, at even depths of RULER's noise, and ends with one of the
 keys; the model must write its value. There are 128 keys and 32 values: guessing finds 3%, or a
 little more for a model that knows which values the text has. Every accuracy is of {asked} greedy
-answers at {depths} even depths, read through the cache in chunks of 512 tokens (`infer/recall.py`).
+answers at {depths} even depths, read through the cache in chunks of 512 tokens (`evals/recall.py`).
 
 All models have two layers, of which the first sees two tokens. They learn to look for a key in
 texts of up to 128 tokens (`:short`, full attention; NSA has weights of its own and begins with

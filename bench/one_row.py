@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from core import cli
+from core.command import cli
 from model import one_row
 
 INPUTS, OUTPUTS, WEIGHTS, ROUNDS, PRODUCTS = 768, 2048, 64, 7, 8

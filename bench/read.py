@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from bench import turns
+from bench.sides import turns
 
 BYTES = 2**30
 

@@ -11,9 +11,9 @@ import argparse
 import statistics
 import sys
 
-from bench.commands import whole
-from bench.turns import Worker
-from core import cli
+from bench.sides.commands import whole
+from bench.sides.turns import Worker
+from core.command import cli
 
 WIDTH, LAYERS, HEADS, MLP, VOCAB, ROWS, LENGTH = 512, 8, 8, 1408, 8192, 8, 512
 
@@ -24,8 +24,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=whole, default=7, help="steps of each, after a first")
     args = parser.parse_args()
     workers = {
-        "cakrawala": Worker(sys.executable, "bench.train_ours"),
-        "hugging face": Worker(args.hf_python, "bench.train_hf"),
+        "cakrawala": Worker(sys.executable, "bench.sides.train_ours"),
+        "hugging face": Worker(args.hf_python, "bench.sides.train_hf"),
         "matmul": Worker(sys.executable, "bench.matmul"),
     }
     seconds = {name: [] for name in workers}

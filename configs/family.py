@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 from core.config import Experiment, UserError, editable
 from core.sharding import MeshConfig
 from data.config import DataConfig
-from infer.config import BenchConfig, DecodeConfig, ScoreConfig
+from evals.config import BenchConfig
+from infer.config import DecodeConfig, ScoreConfig
 from model import families
 from model.config import ModelConfig
 from train.config import AotConfig, TrainConfig

@@ -19,7 +19,8 @@ from core.checkpoint import TOKENIZER, read_config
 from core.config import Experiment, UserError, editable
 from core.sharding import MeshConfig
 from data.config import DataConfig
-from infer.config import BenchConfig, DecodeConfig, ScoreConfig
+from evals.config import BenchConfig
+from infer.config import DecodeConfig, ScoreConfig
 from model.config import ModelConfig
 from train.config import TrainConfig
 

@@ -2,7 +2,7 @@
 
     python -m data.prepare --config=configs/long_context_lab.py:full
     python -m train.pretrain --config=configs/long_context_lab.py:full
-    python -m infer.recall --config=configs/long_context_lab.py:full
+    python -m evals.recall --config=configs/long_context_lab.py:full
 
 The argument is full, sliding, sinks, moba or nsa; `:extended` goes on from runs/lab-full with YaRN
 at four times the length. `make lab` does all of it and writes docs/long-context-lab.md.
@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 from core.config import Experiment, UserError, editable
 from core.sharding import MeshConfig
 from data.config import DataConfig
-from infer.config import BenchConfig, DecodeConfig, RecallConfig, ScoreConfig
+from evals.config import BenchConfig, RecallConfig
+from infer.config import DecodeConfig, ScoreConfig
 from model.attention.spec import AttentionSpec, full, moba, nsa, sliding
 from model.config import ModelConfig
 from model.rope import Rope

@@ -3,7 +3,7 @@
     python -m data.prepare --config=configs/quickstart.py
     python -m train.pretrain --config=configs/quickstart.py
     python -m infer.decode --config=configs/quickstart.py
-    python -m infer.bench --config=configs/quickstart.py
+    python -m evals.bench --config=configs/quickstart.py
 
 Hardware: 2 CPU cores, 4 GiB. Expected: 7 minutes in all, 1.964 bits per byte on the validation
 documents of Python 3.11.7's library, where gzip -9 needs 2.202.
@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from core.config import Experiment, UserError, editable
 from core.sharding import MeshConfig
 from data.config import DataConfig
-from infer.config import BenchConfig, DecodeConfig, ScoreConfig
+from evals.config import BenchConfig
+from infer.config import DecodeConfig, ScoreConfig
 from model.attention.spec import full, sliding
 from model.config import ModelConfig
 from model.rope import Rope

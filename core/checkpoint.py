@@ -7,8 +7,8 @@
     WORKDIR/<step>/files.json          the size of every file, written last: the step is complete
     WORKDIR/saving/                    a step that is being saved; it is renamed when complete
 
-A step is a folder with our files.json (core/files.py), and complete when each of its files has the
-size told there. A folder that is called 2024 and has none is the user's, and stays as it is.
+A step is a folder with our files.json (core/storage/files.py), and complete when each of its files
+has the size told there. A folder that is called 2024 and has none is the user's, and stays.
 """
 
 import dataclasses
@@ -26,9 +26,10 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from core import files, lazy, tree
+from core import lazy, tree
 from core.config import Experiment, Section, UserError, from_json
-from core.files import damaged, write_text
+from core.storage import files
+from core.storage.files import damaged, write_text
 
 log = logging.getLogger("cakrawala")
 

@@ -57,8 +57,8 @@ def setting(
 class Section:
     """Base of every part of a config: checks types and ranges, then its own `check`.
 
-    core/precedence.py reads the pairs: fields of which one at most is set, and fields that are
-    nothing without another.
+    core/command/precedence.py reads the pairs: fields of which one at most is set, and fields that
+    are nothing without another.
     """
 
     EXCLUSIVE: ClassVar[tuple[tuple[str, str], ...]] = ()

@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 from tensorboardX import SummaryWriter
 
-from core import files
 from core.config import UserError
+from core.storage import files
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 

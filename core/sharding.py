@@ -18,7 +18,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from core import backend, torus
+from core import backend
+from core.compile import torus
 from core.config import Section, UserError, setting
 
 AXES = ("data", "seq", "model")

@@ -3,7 +3,7 @@
 python -m data.prepare --config=configs/quickstart.py
 """
 
-from core import environment, interrupt
+from core.command import environment, interrupt
 
 interrupt.watch()
 environment.check()

@@ -10,7 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from data.document import Document
+from data.texts.document import Document
 
 REMOVED = ("empty", "binary", "undecodable", "duplicate")
 

@@ -24,15 +24,18 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from core import cli, files, lock, tokenizer_files
+from core.command import cli
 from core.config import Experiment, UserError, to_dict
-from data import store, tokenizer, tokenizer_trained
+from core.storage import files, lock
+from core.tokenizer import tokenizer_files
+from data import store
 from data.config import DataConfig
 from data.curate import REMOVED, Text, curate
-from data.files import matches
-from data.sample import Sample
-from data.sources import documents
-from data.tokenizer_base import Tokenizer
+from data.texts.files import matches
+from data.texts.sample import Sample
+from data.texts.sources import documents
+from data.tokenizer import load, trained
+from data.tokenizer.base import Tokenizer
 
 SPLITS = ("train", "validation")
 ENCODE_BYTES = 4_000_000  # of text at a time: enough to share lines, little beside the rest
@@ -97,7 +100,7 @@ def build(config: DataConfig, directory: Path, progress: Progress) -> dict[str, 
         found = survey(config, progress)
         task = progress.add_task("training the tokenizer", total=None)
         texts = found.sample.texts()
-        model = tokenizer_trained.train(texts, config.vocab_size, directory / "tokenizer")
+        model = trained.train(texts, config.vocab_size, directory / "tokenizer")
         progress.update(task, total=1, completed=1)
     # Of a text without bos the end token is what comes before, as GPT-2 was trained and lm-eval
     # counts: else the first token would be no target, and its bytes would count all the same.
@@ -151,7 +154,7 @@ def given(config: DataConfig, directory: Path) -> Tokenizer:
     """A copy in `directory` of the tokenizer that data.tokenizer names."""
     source = f"data.tokenizer={config.tokenizer}"
     try:
-        model = tokenizer.load(config.tokenizer)
+        model = load.load(config.tokenizer)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     if config.vocab_size not in (DataConfig.vocab_size, model.vocab_size):

@@ -1,4 +1,4 @@
-"""From a bundle to text, to scores and to the context-window report."""
+"""From a bundle to text and scores."""
 
 from core import environment, interrupt
 

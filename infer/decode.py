@@ -16,17 +16,20 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from core import backend, cli, rows_file, streams
+from core import backend
+from core.command import cli
 from core.config import Experiment
 from core.sharding import MeshConfig, make_mesh, prefilling
-from infer import beam, load, speculate
+from core.storage import rows_file, streams
+from infer import load
 from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
 from infer.load import Found
 from infer.prefix import Reader
 from infer.rows import Row, Spent, read_rows
-from infer.sampling import Packed, Sampling, pack
-from infer.speculate import Speculator
+from infer.sampling.params import Packed, Sampling, beam, pack
+from infer.speculative import speculate
+from infer.speculative.speculate import Speculator
 from infer.steps import Made
 from model import parts, weights
 from model.cache_form import Form

@@ -18,11 +18,11 @@ import numpy as np
 
 from core import sharding, tree
 from core.config import Unsupported
-from data.tokenizer_base import Tokenizer
-from infer import logprobs, steps
-from infer.draw import Counts
+from data.tokenizer.base import Tokenizer
+from infer import steps
 from infer.programs import Programs, bucket
-from infer.sampling import Packed
+from infer.sampling.draw import Counts
+from infer.sampling.params import Packed, logprobs
 from infer.steps import Chunk, Made, Prefilled, State
 from model import cache, transformer, weights
 from model.cache import PLAIN

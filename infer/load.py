@@ -17,8 +17,8 @@ from core.checkpoint import Bundle
 from core.config import UserError
 from core.lazy import Stored
 from core.sharding import Rules, prefilling
-from data import tokenizer as tokenizers
-from data.tokenizer_base import Tokenizer
+from data.tokenizer import load as tokenizers
+from data.tokenizer.base import Tokenizer
 from infer import layout
 from model import parts, quantised, transformer, weights
 from model.config import ModelConfig

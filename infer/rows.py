@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from core.config import UserError, build, unknown_field
-from data.tokenizer_base import Tokenizer
+from data.tokenizer.base import Tokenizer
 from infer import text
 from infer.config import DecodeConfig
 from infer.load import Found
-from infer.sampling import NO_ID, Sampling
+from infer.sampling.params import NO_ID, Sampling
 from infer.text import Prompt, Writer
 from model.cache_form import Form
 

@@ -12,9 +12,11 @@ import time
 import jax
 import numpy as np
 
-from core import backend, cli, rows_file, streams
+from core import backend
+from core.command import cli
 from core.config import Experiment, UserError
 from core.sharding import MeshConfig, make_mesh, prefilling
+from core.storage import rows_file, streams
 from infer import load, text
 from infer.config import ScoreConfig
 from infer.engine import Engine, Plan

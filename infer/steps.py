@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from core.sharding import Rules
-from infer import draw, logprobs
-from infer.draw import Counts
-from infer.sampling import Packed
+from infer.sampling.draw import Counts
+from infer.sampling.params import Packed, draw, logprobs
 from model import cache
 from model.cache import KVCache
 from model.transformer import Transformer

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from core import json_lines
 from core.config import UserError
-from data.tokenizer_base import Tokenizer, overlap
+from core.storage import json_lines
+from data.tokenizer.base import Tokenizer, overlap
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The transformer: attention, blocks, caches."""
 
-from core import environment, interrupt
+from core.command import environment, interrupt
 
 interrupt.watch()
 environment.check()

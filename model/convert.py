@@ -27,10 +27,12 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from core import backend, checkpoint, cli, tokenizer_files
+from core import backend, checkpoint
 from core.checkpoint import Bundle
+from core.command import cli
 from core.config import Experiment, UserError, to_json
-from core.files import write_text
+from core.storage.files import write_text
+from core.tokenizer import tokenizer_files
 from model import checkpoint_files, families, hf_export, hf_import, parts, tokenizer_check
 from model.checkpoint_files import CONFIG
 from model.config import ModelConfig

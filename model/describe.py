@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from core import checkpoint, cli, sharding
+from core import checkpoint, sharding
+from core.command import cli
 from core.config import Section, UserError, setting, to_dict
 from model import describe_table, flops, memory, parts, weights
 from model.config import ModelConfig

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from core.files import write_text
 from core.lazy import Stored
+from core.storage.files import write_text
 from model.checkpoint_files import INDEX, WHOLE
 from model.families.tensor import Tensor
 from model.hf_import import Done

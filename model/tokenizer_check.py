@@ -2,7 +2,7 @@
 
     check("Llama-3.1-8B", vocab_size=128_256)
 
-Opening a bundle asks the same (data/tokenizer.py, infer/load.py). Here it is asked of the files, so
+Opening a bundle asks the same (data/tokenizer/, infer/load.py). Here it is asked of the files, so
 that no bundle is written which no command opens.
 """
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import tokenizers
 
-from core import tokenizer_files, tokenizer_model
 from core.checkpoint import read_json
 from core.config import UserError
-from core.tokenizer_files import Marks
+from core.tokenizer import tokenizer_files, tokenizer_model
+from core.tokenizer.tokenizer_files import Marks
 
 MODEL_FILES = (tokenizer_files.GENERATION, "config.json")  # the first that tells a mark counts
 ROLES = ("bos", "eos", "pad")

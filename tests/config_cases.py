@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from core import cli
+from core.command import cli
 from core.config import Experiment, Section, UserError, setting
 from model.attention.spec import AttentionSpec, full
 

@@ -16,7 +16,7 @@ import train_cases
 from absl import flags
 
 from core import backend, sharding
-from core.aot import compile_for
+from core.compile.aot import compile_for
 from data import prepare
 from model.attention import gpu_call, splash
 from train import pretrain

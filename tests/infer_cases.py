@@ -8,8 +8,9 @@ import numpy as np
 from core import checkpoint, sharding, tree
 from core.config import Experiment, to_json
 from core.sharding import MeshConfig
-from data import tokenizer_trained
-from infer.config import BenchConfig, DecodeConfig, ScoreConfig
+from data.tokenizer import trained
+from evals.config import BenchConfig
+from infer.config import DecodeConfig, ScoreConfig
 from model import transformer
 from model.attention.spec import full, sliding
 from model.config import ModelConfig
@@ -72,7 +73,7 @@ def save(workdir, model=None, with_tokenizer=True) -> None:
     """A bundle of random weights at STEP; needs a mesh in use."""
     run = experiment(workdir, model)
     if with_tokenizer:
-        tokenizer_trained.train(TEXTS, 290, workdir / "vocabulary")
+        trained.train(TEXTS, 290, workdir / "vocabulary")
     checkpoint.create(workdir, to_json(run), workdir / "vocabulary" if with_tokenizer else None)
     bundle = checkpoint.Bundle(workdir)
     bundle.save(STEP, {"model": random_model(run.model)}, {})

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from core.config import Experiment
-from data import prepare, store, tokenizer
+from data import prepare, store
 from data.config import DataConfig
+from data.tokenizer import load as tokenizers
 
 WORDS = ["the", "horizon", "is", "as", "far", "as", "eye", "can", "see", "and", "ship", "sails"]
 
@@ -43,7 +44,7 @@ def read(tmp_path, split):
     """The texts of a split, decoded from its tokens, by name."""
     tokens = store.TokenStore(tmp_path / "run/data", split)
     tokens.verify()
-    model = tokenizer.load(tmp_path / "run/data/tokenizer")
+    model = tokenizers.load(tmp_path / "run/data/tokenizer")
     assert model.fingerprint == tokens.manifest["tokenizer"]
     texts = {}
     for name, start, stop in zip(tokens.names(), tokens.starts, tokens.starts[1:], strict=False):

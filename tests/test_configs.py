@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from core import checkpoint, cli
+from core import checkpoint
+from core.command import cli
 from core.config import Experiment, UserError, freeze, from_json, sections, to_json
 from data import prepare
-from infer import bench, decode, recall, score
+from evals import bench, recall
+from infer import decode, score
 from train import pretrain
 
 FILES = sorted(p for p in Path("configs").glob("*.py") if p.name != "__init__.py")

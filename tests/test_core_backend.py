@@ -13,7 +13,8 @@ import jax
 import pytest
 from train_cases import command, experiment
 
-from core import backend, cli
+from core import backend
+from core.command import cli
 from core.config import UserError
 from core.sharding import MeshConfig
 

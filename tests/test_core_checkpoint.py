@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from core import checkpoint, sharding
 from core.checkpoint import Bundle
 from core.config import Experiment, UserError, to_json
-from core.files import LISTING
 from core.sharding import MeshConfig
+from core.storage.files import LISTING
 from model.attention.spec import full, sliding
 from model.config import ModelConfig
 

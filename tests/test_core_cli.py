@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from config_cases import CONFIG_FILE, ROOT, Needy, Toy, complaint, parse
 
-from core import cli, config, literals
+from core import config
+from core.command import cli, literals
 from core.config import UserError
 from core.sharding import MeshConfig
 from data.config import DataConfig
-from infer.config import BenchConfig, DecodeConfig, RecallConfig, ScoreConfig
+from evals.config import BenchConfig, RecallConfig
+from infer.config import DecodeConfig, ScoreConfig
 from model.config import ModelConfig
 from model.describe import DescribeConfig
 from train.config import AotConfig, TrainConfig

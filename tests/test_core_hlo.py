@@ -1,4 +1,4 @@
-"""core.hlo against programs whose FLOPs and collectives are known, compiled for the CPU."""
+"""core.compile.hlo against programs whose FLOPs and collectives are known, compiled for the CPU."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,8 @@ import pytest
 from conftest import make_mesh
 from jax.sharding import PartitionSpec
 
-from core import hlo
-from core.hlo_text import parse
+from core.compile import hlo
+from core.compile.hlo_text import parse
 
 M, K, LAYERS = 64, 32, 5
 PRODUCT = 2 * M * K * K
@@ -30,7 +30,9 @@ def test_a_scan_counts_as_often_as_it_runs():
     assert program.flops == LAYERS * PRODUCT
     assert program.loop_flops == program.scope_flops == 0
     compiled = jax.jit(layers).lower(*(jax.ShapeDtypeStruct(*s) for s in (X, W))).compile()
-    assert compiled.cost_analysis()["flops"] < 2 * PRODUCT, "XLA counts it now: drop core.hlo"
+    assert compiled.cost_analysis()["flops"] < 2 * PRODUCT, (
+        "XLA counts it now: drop core.compile.hlo"
+    )
 
 
 def test_loops_that_data_decides_are_counted_apart_one_trip_each():

@@ -11,7 +11,7 @@ import time
 import pytest
 from config_cases import ROOT
 
-from core import cli, interrupt
+from core.command import cli, interrupt
 from core.config import UserError
 
 

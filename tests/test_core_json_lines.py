@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from core.json_lines import parse
+from core.storage.json_lines import parse
 
 GOOD = {
     '{"text": "x"}': {"text": "x"},

@@ -10,10 +10,10 @@ import sys
 
 import pytest
 
-from core import output, rows_file, streams
 from core.config import UserError
-from core.output import File
-from core.rows_file import Rows
+from core.storage import output, rows_file, streams
+from core.storage.output import File
+from core.storage.rows_file import Rows
 
 FIELD = "decode.output"
 

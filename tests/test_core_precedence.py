@@ -5,14 +5,16 @@ import logging
 
 import pytest
 
-from core import cli
+from core.command import cli
 from core.config import UserError
-from infer.config import BenchConfig, DecodeConfig
+from evals.config import BenchConfig
+from infer.config import DecodeConfig
 from train.config import TrainConfig
 
 FILE = """
 from core.config import Experiment, editable
-from infer.config import BenchConfig, DecodeConfig
+from evals.config import BenchConfig
+from infer.config import DecodeConfig
 from train.config import TrainConfig
 
 def get_config(arg):

@@ -15,7 +15,8 @@ import pytest
 from conftest import make_mesh
 from jax.sharding import AxisType, PartitionSpec
 
-from core import hardware, sharding
+from core import sharding
+from core.compile import hardware
 from core.config import UserError
 from core.sharding import MeshConfig, Rules, axis_sizes
 

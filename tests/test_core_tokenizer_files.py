@@ -8,10 +8,10 @@ import tokenizer_cases as cases
 import tokenizers
 from tokenizer_cases import HARD, TEXTS, random_texts
 
-from core import tokenizer_files as files
 from core.config import UserError
-from core.tokenizer_files import Marks
-from data import tokenizer, tokenizer_trained
+from core.tokenizer import tokenizer_files as files
+from core.tokenizer.tokenizer_files import Marks
+from data.tokenizer import load, trained
 
 
 def contents(folder):
@@ -30,9 +30,9 @@ def test_what_is_imported_is_exported_unchanged(tmp_path, make):
     assert json.loads(inside.pop("marks.json")) == marks._asdict() | {"eos": list(marks.eos)}
     assert inside == before
     assert files.marks(tmp_path / "bundle/tokenizer") == marks  # without the config.json
-    found = tokenizer.load(tmp_path / "bundle/tokenizer")
+    found = load.load(tmp_path / "bundle/tokenizer")
     assert (found.bos, found.eos, found.pad) == marks and marks.pad == 6
-    assert found.fingerprint == tokenizer.load(source).fingerprint
+    assert found.fingerprint == load.load(source).fingerprint
     again = files.import_tokenizer(tmp_path / "bundle/tokenizer", tmp_path / "again")
     assert again == marks and contents(tmp_path / "again") == contents(
         tmp_path / "bundle/tokenizer"
@@ -50,7 +50,7 @@ def test_a_directory_without_one(tmp_path):
 
 
 def test_our_own_opens_elsewhere_with_the_same_ids(tmp_path):
-    ours = tokenizer_trained.train(TEXTS * 3, 340, tmp_path / "ours")
+    ours = trained.train(TEXTS * 3, 340, tmp_path / "ours")
     assert files.import_tokenizer(tmp_path / "ours", tmp_path / "b") == Marks(1, (2,), 3)
     assert contents(tmp_path / "b") == contents(tmp_path / "ours")
     files.export_tokenizer(tmp_path / "b", tmp_path / "out")
@@ -61,10 +61,10 @@ def test_our_own_opens_elsewhere_with_the_same_ids(tmp_path):
         assert other.encode(text).ids == [1, *ids]
         assert other.decode(ids.tolist()) == text
     assert files.import_tokenizer(tmp_path / "out", tmp_path / "back") == Marks(1, (2,), 3)
-    assert tokenizer.load(tmp_path / "back").fingerprint == ours.fingerprint
+    assert load.load(tmp_path / "back").fingerprint == ours.fingerprint
     other.add_special_tokens(["<|turn|>"])  # what others add to it there counts
     other.save(str(tmp_path / "out/tokenizer.json"))
-    more = tokenizer.load(tmp_path / "out")
+    more = load.load(tmp_path / "out")
     assert (more.vocab_size, more.bos, more.eos) == (341, 1, (2,))
     assert more.encode("a<|turn|>", special=True)[-1] == 340
 
@@ -92,7 +92,7 @@ def test_where_eos_is_told(tmp_path, name):
     told, expected = EOS[name]
     folder = cases.byte_level(tmp_path, **told)
     assert files.marks(folder).eos == expected
-    assert tokenizer.load(folder).eos == expected
+    assert load.load(folder).eos == expected
 
 
 BOS = {

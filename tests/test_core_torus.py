@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from core.torus import ring
+from core.compile.torus import ring
 
 
 def steps(places, order):

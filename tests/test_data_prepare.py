@@ -17,10 +17,12 @@ import tensorflow_datasets as tfds
 from prepare_cases import config, essay, read, run, write_essays
 
 from core.config import UserError
-from data import sources, store, tokenizer
+from data import store
 from data.config import DataConfig
 from data.curate import REMOVED, curate
-from data.document import Document
+from data.texts import sources
+from data.texts.document import Document
+from data.tokenizer import load as tokenizers
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,7 +89,7 @@ def test_the_tokenizer_never_sees_validation_text(tmp_path, folder):
             break
     run(tmp_path, config(folder))
     assert str(marked) in read(tmp_path, "validation")
-    model = tokenizer.load(tmp_path / "run/data/tokenizer")
+    model = tokenizers.load(tmp_path / "run/data/tokenizer")
     assert len(model.encode("zyzzyva")) == 7  # z and y are bytes, and no piece joins them
 
 

@@ -7,8 +7,8 @@ import shutil
 import pytest
 from prepare_cases import config, read, run, write_essays
 
-from core import lock
 from core.config import UserError
+from core.storage import lock
 from data import store
 
 

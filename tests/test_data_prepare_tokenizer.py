@@ -8,8 +8,9 @@ import pytest
 import tokenizer_cases as cases
 
 from core.config import Experiment, UserError
-from data import prepare, store, tokenizer, tokenizer_trained
+from data import prepare, store
 from data.config import DataConfig
+from data.tokenizer import load, trained
 
 LLAMA3 = dict(generation_config={"eos_token_id": [301, 302]})
 GPT2 = dict(before=None, generation_config={"eos_token_id": 301})
@@ -35,8 +36,8 @@ def test_documents_begin_and_end_as_the_tokenizer_says(tmp_path, folder, made, f
     """Without bos the end token comes first: so the first token of the text is predicted too."""
     source = cases.byte_level(tmp_path / "hf", **made)
     tokens = run(tmp_path, folder, tokenizer=str(source))
-    model = tokenizer.load(tmp_path / "run/data/tokenizer")
-    given = tokenizer.load(source)
+    model = load.load(tmp_path / "run/data/tokenizer")
+    given = load.load(source)
     assert tokens.manifest["tokenizer"] == model.fingerprint == given.fingerprint
     assert tokens.vocab_size == 304 and model.eos == given.eos
     assert tokens.manifest["first_token"] == first
@@ -46,7 +47,7 @@ def test_documents_begin_and_end_as_the_tokenizer_says(tmp_path, folder, made, f
 
 
 def test_a_bundles_own_is_used_again(tmp_path, folder):
-    first = tokenizer_trained.train(cases.TEXTS, 340, tmp_path / "old")
+    first = trained.train(cases.TEXTS, 340, tmp_path / "old")
     again = run(tmp_path, folder, tokenizer=str(tmp_path / "old"), vocab_size=340)
     assert again.manifest["tokenizer"] == first.fingerprint
 

@@ -6,8 +6,10 @@ import re
 import pytest
 
 from core.config import Experiment, UserError
-from data import prepare, recall, sources, tokenizer
+from data import prepare
 from data.config import DataConfig
+from data.texts import recall, sources
+from data.tokenizer import load as tokenizers
 
 RECORD, QUESTION = re.compile(r" ([A-Z]{2}) ([a-z]{2})"), re.compile(r" ([a-z]{2}) ([A-Z]{2})")
 
@@ -135,7 +137,7 @@ def test_prepared_texts_have_a_token_a_word(tmp_path):
     """With the vocabulary of configs/long_context_lab.py, which is no larger than it must be."""
     data = DataConfig(source="recall", recall_tokens=400, limit_documents=1500, vocab_size=576)
     prepare.main(Experiment(name="test", workdir=str(tmp_path), data=data))
-    model = tokenizer.load(tmp_path / "data/tokenizer")
+    model = tokenizers.load(tmp_path / "data/tokenizer")
     quiz = recall.question(0, 0, 1000, recall.KEYS, 8)
     assert len(model.encode(quiz.text)) == 1000
     text = "".join(f" {key} {value}\n" for key in recall.KEY[:4] for value in recall.VALUE)

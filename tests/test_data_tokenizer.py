@@ -6,10 +6,10 @@ import tokenizer_cases as cases
 from tokenizer_cases import HARD, MARKED, TEXTS, random_texts
 
 from core.config import UserError
-from data import tokenizer, tokenizer_trained
-from data.tokenizer_huggingface import HuggingFace
-from data.tokenizer_sentencepiece import SentencePiece
-from data.tokenizer_trained import Trained
+from data.tokenizer import load, trained
+from data.tokenizer.huggingface import HuggingFace
+from data.tokenizer.sentencepiece_model import SentencePiece
+from data.tokenizer.trained import Trained
 
 KINDS = dict(
     llama3=HuggingFace, llama2_json=HuggingFace, llama2=SentencePiece, gemma=SentencePiece,
@@ -18,7 +18,7 @@ KINDS = dict(
 
 
 def train(folder):
-    tokenizer_trained.train(TEXTS, 340, folder)
+    trained.train(TEXTS, 340, folder)
     return folder
 
 
@@ -30,7 +30,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=KINDS)
 def model(request, folders):
-    found = tokenizer.load(folders[request.param])
+    found = load.load(folders[request.param])
     assert type(found) is KINDS[request.param]
     return found
 
@@ -114,7 +114,7 @@ def test_a_character_comes_when_its_last_byte_does(model):
 
 
 def test_the_fingerprint_is_of_the_tokenizer_not_of_the_place(model, folders, tmp_path):
-    fingerprints = {tokenizer.load(folder).fingerprint for folder in folders.values()}
+    fingerprints = {load.load(folder).fingerprint for folder in folders.values()}
     assert len(fingerprints) == len(folders) and model.fingerprint in fingerprints
     assert len(model.fingerprint) == 64
 
@@ -132,16 +132,16 @@ def test_ids_outside_the_vocabulary_and_half_a_surrogate(model):
 
 def test_nothing_to_open_says_what_to_do(tmp_path, folders):
     with pytest.raises(UserError, match=r"no tokenizer in .*; run python -m data.prepare first"):
-        tokenizer.load(tmp_path)
+        load.load(tmp_path)
     cases.byte_level(tmp_path / "tokenizer")
     with pytest.raises(UserError, match=rf"no tokenizer in .*; name {tmp_path}/tokenizer"):
-        tokenizer.load(tmp_path)
+        load.load(tmp_path)
 
 
 def test_ids_of_marks_must_be_tokens(tmp_path):
     folder = cases.byte_level(tmp_path, generation_config={"eos_token_id": [301, 304]})
     with pytest.raises(UserError, match="eos is 304, but it has only 304 tokens"):
-        tokenizer.load(folder)
+        load.load(folder)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_damaged_json_is_named(tmp_path, name, content, message):
     folder = cases.byte_level(tmp_path)
     (folder / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        tokenizer.load(folder)
+        load.load(folder)
 
 
 def test_a_damaged_model_is_named(tmp_path, folders):
@@ -165,4 +165,4 @@ def test_a_damaged_model_is_named(tmp_path, folders):
     for content in (b"", b"not a model", whole[: len(whole) // 2]):
         (tmp_path / "tokenizer.model").write_bytes(content)
         with pytest.raises(UserError, match="tokenizer.model is not a SentencePiece model"):
-            tokenizer.load(tmp_path)
+            load.load(tmp_path)

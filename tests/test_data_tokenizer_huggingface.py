@@ -9,7 +9,7 @@ from tokenizer_cases import HARD, MARKED, TEXTS, random_texts
 from tokenizers import models, normalizers, pre_tokenizers
 
 from core.config import UserError
-from data import tokenizer
+from data.tokenizer import load
 
 AWKWARD = ["\u2581", " \u2581 a", MARKED, *HARD, *TEXTS, *random_texts(300)]
 
@@ -28,7 +28,7 @@ def library(folder, spelled):
 @pytest.mark.parametrize("make", [cases.byte_level, cases.llama_json])
 def test_ids_and_text_are_those_of_the_library(tmp_path, make):
     folder = make(tmp_path)
-    model, other = tokenizer.load(folder), library(folder, spelled=True)
+    model, other = load.load(folder), library(folder, spelled=True)
     assert model.vocab_size == other.get_vocab_size()
     for text, ids in zip(AWKWARD, model.encode_batch(AWKWARD), strict=True):
         if not (make is cases.llama_json and "<s>" in text):  # which its merges make, see below
@@ -40,7 +40,7 @@ def test_ids_and_text_are_those_of_the_library(tmp_path, make):
 
 
 def test_special_is_what_the_file_calls_so(folder):
-    model = tokenizer.load(folder)
+    model = load.load(folder)
     text = "a<|turn|><tool>"
     assert [i in model.encode(text) for i in (302, 303)] == [False, True]
     assert model.decode(model.encode(text)) == text
@@ -51,7 +51,7 @@ def test_special_is_what_the_file_calls_so(folder):
 def test_merges_cannot_make_a_mark(tmp_path):
     """The library alone lets them: its flag keeps added tokens apart, not what BPE finds."""
     folder = cases.llama_json(tmp_path)
-    model, other = tokenizer.load(folder), library(folder, spelled=True)
+    model, other = load.load(folder), library(folder, spelled=True)
     assert 1 in other.encode("a<s>b", add_special_tokens=False).ids
     ids = model.encode("a<s>b").tolist()
     assert 1 not in ids and model.decode(ids) == "a<s>b"
@@ -64,7 +64,7 @@ def test_a_mark_that_has_no_other_spelling_is_refused(tmp_path):
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     model.add_special_tokens(["<s>"])
     model.save(str(tmp_path / "tokenizer.json"))
-    found = tokenizer.load(tmp_path)
+    found = load.load(tmp_path)
     assert found.encode("a b").tolist() == [1, 2]
     with pytest.raises(UserError, match="no way to write '<s>', which stands in a text"):
         found.encode("a <s>")
@@ -76,7 +76,7 @@ def test_unknown_characters_may_be_special(tmp_path):
     model.normalizer = normalizers.Lowercase()
     model.add_special_tokens(["[UNK]"])
     model.save(str(tmp_path / "tokenizer.json"))
-    assert tokenizer.load(tmp_path).encode("A b").tolist() == [1, 0]
+    assert load.load(tmp_path).encode("A b").tolist() == [1, 0]
 
 
 def test_truncation_and_padding_of_the_file_do_nothing(folder, tmp_path):
@@ -85,23 +85,23 @@ def test_truncation_and_padding_of_the_file_do_nothing(folder, tmp_path):
     model.enable_padding(length=50)
     model.save(str(tmp_path / "tokenizer.json"))
     cases.write(tmp_path / "generation_config.json", {"eos_token_id": [301, 302]})
-    found, whole = tokenizer.load(tmp_path), tokenizer.load(folder)
+    found, whole = load.load(tmp_path), load.load(folder)
     assert found.encode(TEXTS[0]).tolist() == whole.encode(TEXTS[0]).tolist()
     assert found.fingerprint == whole.fingerprint
 
 
 def test_the_fingerprint_is_of_rules_and_marks(folder, tmp_path):
-    same = tokenizer.load(folder).fingerprint
+    same = load.load(folder).fingerprint
     rules = json.loads((folder / "tokenizer.json").read_text())
     other = cases.byte_level(tmp_path / "eos", generation_config={"eos_token_id": 301})
-    assert tokenizer.load(other).fingerprint != same
+    assert load.load(other).fingerprint != same
     other = cases.byte_level(tmp_path / "rules")
-    assert tokenizer.load(other).fingerprint == same
+    assert load.load(other).fingerprint == same
     (other / "tokenizer.json").write_text(json.dumps(dict(reversed(rules.items()))))
-    assert tokenizer.load(other).fingerprint == same  # the same data, written otherwise
+    assert load.load(other).fingerprint == same  # the same data, written otherwise
     rules["model"]["merges"].pop()
     (other / "tokenizer.json").write_text(json.dumps(rules))
-    assert tokenizer.load(other).fingerprint != same
+    assert load.load(other).fingerprint != same
 
 
 def test_ids_with_holes(folder, tmp_path):
@@ -109,6 +109,6 @@ def test_ids_with_holes(folder, tmp_path):
     del rules["added_tokens"][2]  # <|turn|>, 302
     rules["model"]["vocab"]["<tool>"] = 303
     (tmp_path / "tokenizer.json").write_text(json.dumps(rules))
-    model = tokenizer.load(tmp_path)
+    model = load.load(tmp_path)
     assert model.vocab_size == 304 and model.encode("<tool>").tolist() == [303]
     assert model.decode([302]) == model.stream().push(302) == ""

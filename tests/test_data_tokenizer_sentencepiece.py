@@ -6,7 +6,7 @@ import tokenizer_cases as cases
 from tokenizer_cases import HARD, TEXTS, random_texts
 
 from core.config import UserError
-from data import tokenizer
+from data.tokenizer import load as tokenizers
 
 SPACES = ["\u2581", " \u2581 \u2581\u2581a", "a\u2581b", *HARD, *TEXTS, *random_texts(300)]
 
@@ -33,7 +33,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_ids_and_text_are_those_of_the_library(tmp_path, name):
     folder = cases.sentencepiece_model(tmp_path, **OPTIONS[name])
-    model, other = tokenizer.load(folder), cases.library(folder)
+    model, other = tokenizers.load(folder), cases.library(folder)
     assert model.vocab_size == other.vocab_size()
     for text, ids in zip(SPACES, model.encode_batch(SPACES), strict=True):
         assert ids.tolist() == other.encode(text)
@@ -48,23 +48,23 @@ def test_ids_and_text_are_those_of_the_library(tmp_path, name):
 
 
 def test_marks_are_the_models_own_unless_files_tell(folder, gemma, tmp_path):
-    llama = tokenizer.load(folder)
+    llama = tokenizers.load(folder)
     assert (llama.bos, llama.eos, llama.pad) == (1, (2,), None)
-    model = tokenizer.load(gemma)
+    model = tokenizers.load(gemma)
     assert (model.bos, model.eos, model.pad) == (2, (1,), 0)
     (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
     told = {"eos_token": {"content": "<s>"}, "pad_token": "<unk>", "add_bos_token": False}
     cases.write(tmp_path / "tokenizer_config.json", told)
-    model = tokenizer.load(tmp_path)
+    model = tokenizers.load(tmp_path)
     assert (model.bos, model.eos, model.pad) == (None, (1,), 0)
     assert model.fingerprint != llama.fingerprint
     cases.write(tmp_path / "tokenizer_config.json", {"eos_token": "<nowhere>"})
     with pytest.raises(UserError, match="names '<nowhere>', not in tokenizer.model"):
-        tokenizer.load(tmp_path)
+        tokenizers.load(tmp_path)
 
 
 def test_symbols_that_are_marks_do_not_come_from_text(gemma):
-    model, other = tokenizer.load(gemma), cases.library(gemma)
+    model, other = tokenizers.load(gemma), cases.library(gemma)
     marks = ["<start_of_turn>", "<end_of_turn>", "<unused0>", "[INST]"]
     ids = {mark: other.piece_to_id(mark) for mark in marks}
     for mark, i in ids.items():
@@ -88,7 +88,7 @@ def test_files_beside_the_model_say_which_symbols_are_marks(gemma, tmp_path):
     assert [other.piece_to_id(t) in other.encode(text) for t in entries] == [True] * 2
     decoder = {other.piece_to_id(t): {"content": t, "special": s} for t, s in entries.items()}
     cases.write(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": decoder})
-    model = tokenizer.load(tmp_path)
+    model = tokenizers.load(tmp_path)
     ids = model.encode(text).tolist()
     assert [other.piece_to_id(t) in ids for t in entries] == [False, True]
     assert model.decode(ids) == text
@@ -96,12 +96,12 @@ def test_files_beside_the_model_say_which_symbols_are_marks(gemma, tmp_path):
 
 def test_added_tokens_follow_the_pieces(folder, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
-    before = tokenizer.load(tmp_path)
+    before = tokenizers.load(tmp_path)
     added = {"<|turn|>": 360, "zyzzyva": 361, "<extra>": 365, "<end>": 366}
     cases.write(tmp_path / "added_tokens.json", added)
     named = {"additional_special_tokens": ["<extra>"], "eos_token": "<end>"}
     cases.write(tmp_path / "special_tokens_map.json", named)
-    model = tokenizer.load(tmp_path)
+    model = tokenizers.load(tmp_path)
     assert (model.vocab_size, model.eos) == (367, (366,))
     assert model.fingerprint != before.fingerprint
     text = "a zyzzyva<|turn|>b<extra><end>"
@@ -115,7 +115,7 @@ def test_added_tokens_follow_the_pieces(folder, tmp_path):
 
 
 def test_a_text_goes_on_after_a_mark_without_another_space(folder):
-    model = tokenizer.load(folder)
+    model = tokenizers.load(folder)
     ids = model.encode("<s>the fox</s>the", special=True).tolist()
     assert ids[: ids.index(2)] == [1, *model.encode("the fox")]
     assert model.decode(ids) == "the foxthe"
@@ -125,7 +125,7 @@ def test_the_fingerprint_is_of_what_texts_become(folder, tmp_path):
     def changed(change):
         (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
         cases.edit_model(tmp_path, change)
-        return tokenizer.load(tmp_path).fingerprint
+        return tokenizers.load(tmp_path).fingerprint
 
     def rename(model):
         model.pieces[300].piece = "other"
@@ -139,7 +139,7 @@ def test_the_fingerprint_is_of_what_texts_become(folder, tmp_path):
     def note(model):
         model.trainer_spec.num_threads = 7  # of how it was trained
 
-    same = tokenizer.load(folder).fingerprint
+    same = tokenizers.load(folder).fingerprint
     assert changed(note) == same
     assert len({same, *map(changed, (rename, set_score, turn_off))}) == 4
 
@@ -151,7 +151,7 @@ def test_what_is_not_supported_is_said(folder, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
     cases.edit_model(tmp_path, suffix)
     with pytest.raises(UserError, match="tokenizer.model: it writes spaces after words"):
-        tokenizer.load(tmp_path)
+        tokenizers.load(tmp_path)
 
 
 def test_a_foreign_model_is_not_taken_for_ours(tmp_path):
@@ -163,5 +163,5 @@ def test_a_foreign_model_is_not_taken_for_ours(tmp_path):
         user_defined_symbols=["\n"],
         pad_id=3,
     )
-    model = tokenizer.load(folder)
+    model = tokenizers.load(folder)
     assert model.decode(model.encode("a\u2581b")) == "a b"  # no escape

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from core import tokenizer_files
 from core.config import UserError
-from data import tokenizer
+from core.tokenizer import tokenizer_files
+from data.tokenizer import load
 from infer.text import Writer
 
 
@@ -56,23 +56,23 @@ def _write(folder, token, i, way):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_any_file_calls_special(tmp_path, made, kind, way):
     folder, (_, token, i) = shutil.copytree(made[kind], tmp_path / "hf"), KINDS[kind]
-    plain = tokenizer.load(folder)
+    plain = load.load(folder)
     assert plain.decode([i]) == token and i in plain.encode(f"a{token}b")
     _write(folder, token, i, way)
     tokenizer_files.import_tokenizer(folder, tmp_path / "bundle")
     tokenizer_files.export_tokenizer(tmp_path / "bundle", tmp_path / "out")
     (tmp_path / "out/config.json").write_text(
-        json.dumps({"eos_token_id": tokenizer.load(folder).eos})  # as model.convert writes it
+        json.dumps({"eos_token_id": load.load(folder).eos})  # as model.convert writes it
     )
     for path in (folder, tmp_path / "bundle", tmp_path / "out"):
-        model = tokenizer.load(path)
+        model = load.load(path)
         ids = model.encode(f"a{token}b").tolist()
         assert i not in ids and model.decode(ids) == f"a{token}b"
         assert i in model.encode(f"a{token}b", special=True)
         assert model.decode([*ids, i, *ids]) == f"a{token}b" * 2
         writer = Writer(model, (token,), ids)
         assert writer.push(i) + "".join(map(writer.push, ids)) + writer.flush() == "a"
-        assert model.fingerprint == tokenizer.load(folder).fingerprint != plain.fingerprint
+        assert model.fingerprint == load.load(folder).fingerprint != plain.fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_an_ordinary_word_is_refused(tmp_path, made, kind, way):
     with pytest.raises(
         UserError, match=f"{message} word.* or name another|{message}.*name another"
     ):
-        tokenizer.load(folder)
+        load.load(folder)
     with pytest.raises(UserError, match=message):
         tokenizer_files.import_tokenizer(folder, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
@@ -114,7 +114,7 @@ def test_a_reserved_word_is_spelled_otherwise(tmp_path):
     rules["added_tokens"] += [{"id": 304, "content": "endoftext", "special": True, **flags}]
     cases.write(folder / "tokenizer.json", rules)
     cases.write(folder / "generation_config.json", {"eos_token_id": 304})
-    model = tokenizer.load(folder)
+    model = load.load(folder)
     assert model.eos == (304,) and 304 not in model.encode("endoftext")
     assert model.decode(model.encode("endoftext")) == "endoftext"
 
@@ -122,7 +122,7 @@ def test_a_reserved_word_is_spelled_otherwise(tmp_path):
 def test_what_no_text_needs_may_be_an_ordinary_word(tmp_path):
     """A pad of config.json, and a field that gives no token a role."""
     told = {"config": {"pad_token_id": 0}, "tokenizer_config": {"word_delimiter_token": "!"}}
-    model = tokenizer.load(cases.byte_level(tmp_path, **told))
+    model = load.load(cases.byte_level(tmp_path, **told))
     assert model.encode("!").tolist() == [0] and model.decode([0]) == "!"
 
 
@@ -130,7 +130,7 @@ def test_a_byte_is_an_ordinary_word(tmp_path):
     folder = cases.sentencepiece_model(tmp_path)
     cases.write(folder / "generation_config.json", {"eos_token_id": 5})
     with pytest.raises(UserError, match=r"eos_token_id=5 .* makes '<0x02>' a special token"):
-        tokenizer.load(folder)
+        load.load(folder)
 
 
 def test_files_of_two_tokenizers_are_refused(tmp_path):
@@ -138,12 +138,12 @@ def test_files_of_two_tokenizers_are_refused(tmp_path):
     told = {"added_tokens_decoder": {"5": {"content": "<|im_end|>", "special": True}}}
     cases.write(folder / "tokenizer_config.json", told)
     with pytest.raises(UserError, match="token 5 is '<|im_end|>' in tokenizer_config.json and '&'"):
-        tokenizer.load(folder)
+        load.load(folder)
     folder = cases.sentencepiece_model(tmp_path / "llama")
     told["added_tokens_decoder"] = {"0": {"content": "<s>", "special": True}}
     cases.write(folder / "tokenizer_config.json", told)
     with pytest.raises(UserError, match="give '<s>' the id 0, but here it has 1: take the"):
-        tokenizer.load(folder)
+        load.load(folder)
 
 
 def test_files_beside_a_model_rename_its_reserved_pieces(tmp_path):
@@ -152,7 +152,7 @@ def test_files_beside_a_model_rename_its_reserved_pieces(tmp_path):
     i = cases.library(folder).piece_to_id("<unused0>")
     told = {"added_tokens_decoder": {str(i): {"content": "<|im_start|>", "special": True}}}
     cases.write(folder / "tokenizer_config.json", told)
-    model = tokenizer.load(folder)
+    model = load.load(folder)
     text = "<unused0><|im_start|>"
     assert i not in model.encode(text) and model.decode(model.encode(text)) == text
     assert model.encode("<|im_start|>", special=True).tolist() == [i] and model.decode([i]) == ""
@@ -162,7 +162,7 @@ def test_control_symbols_of_a_model_beside_the_json(tmp_path):
     folder = cases.byte_level(tmp_path / "t")
     cases.sentencepiece_model(tmp_path, control_symbols=["<tool>"])
     (folder / "tokenizer.model").write_bytes((tmp_path / "tokenizer.model").read_bytes())
-    assert 303 not in tokenizer.load(folder).encode("<tool>")
+    assert 303 not in load.load(folder).encode("<tool>")
 
 
 def _unigram(folder):
@@ -215,7 +215,7 @@ FORGING = {
 @pytest.fixture(scope="module")
 def forging(tmp_path_factory):
     folder = tmp_path_factory.mktemp("forging")
-    return {name: tokenizer.load(make(folder / name)) for name, (make, *_) in FORGING.items()}
+    return {name: load.load(make(folder / name)) for name, (make, *_) in FORGING.items()}
 
 
 def _wide(text):

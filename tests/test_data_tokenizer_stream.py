@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders
 
-from core import tokenizer_files
 from core.config import UserError
-from data import tokenizer, tokenizer_trained
+from core.tokenizer import tokenizer_files
+from data.tokenizer import load, trained
 
 SCRIPTS = "ab Th1\n\u1b13\ua990\u4f60\U0001f680\U00020000\u0939\u0940\u00e9\ufeff"
 FALLS_BACK = {"llama2_json", "metaspace", "exported"}  # bytes of a broken run are U+FFFD each
@@ -19,7 +19,7 @@ FALLS_BACK = {"llama2_json", "metaspace", "exported"}  # bytes of a broken run a
 
 def _exported(folder):
     """Our own as a tokenizer.json, with a token more: its escape spans tokens."""
-    tokenizer_trained.train(cases.TEXTS, 340, folder / "ours")
+    trained.train(cases.TEXTS, 340, folder / "ours")
     tokenizer_files.export_tokenizer(folder / "ours", folder)
     path = str(folder / "tokenizer.json")
     model = tokenizers.Tokenizer.from_file(path)
@@ -29,7 +29,7 @@ def _exported(folder):
 
 
 def _trained(folder):
-    tokenizer_trained.train(cases.TEXTS, 340, folder)
+    trained.train(cases.TEXTS, 340, folder)
     return folder
 
 
@@ -73,7 +73,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     made = {}
     for name, make in MADE.items():
-        found, path = tokenizer.load(make(folder / name)), folder / name / "tokenizer.json"
+        found, path = load.load(make(folder / name)), folder / name / "tokenizer.json"
         library = tokenizers.Tokenizer.from_file(str(path)) if path.is_file() else None
         made[name] = found, library
     return made
@@ -190,4 +190,4 @@ def test_endless_bytes_come_at_once(models, name):
 def test_decoders_that_cannot_be_followed_are_named(tmp_path, decoder, step):
     folder = _decoding(decoder)(tmp_path)
     with pytest.raises(UserError, match=f"its decoder has the step.*{step}.*not supported"):
-        tokenizer.load(folder)
+        load.load(folder)

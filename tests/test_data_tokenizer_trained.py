@@ -6,9 +6,8 @@ import tokenizer_cases
 from tokenizer_cases import TEXTS, random_texts
 
 from core.config import UserError
-from data import tokenizer
-from data import tokenizer_trained as trained
-from data.sample import UNIT, Sample
+from data.texts.sample import UNIT, Sample
+from data.tokenizer import load, trained
 
 ALPHABET = "ab Th1 \t\n\r\0\x10\u258101\u00e9\u4f60\U0001f600\ufeff\ufffd<s>"
 OWN = [  # what this kind escapes, or could take for its own marks
@@ -86,7 +85,7 @@ def test_an_unfinished_character_comes_out_at_the_end(model):
 def test_training_is_repeatable_and_the_fingerprint_is_of_the_pieces(model, tmp_path):
     again = trained.train(TEXTS, 340, tmp_path / "a")
     assert again.fingerprint == model.fingerprint
-    assert tokenizer.load(tmp_path / "a").fingerprint == model.fingerprint
+    assert load.load(tmp_path / "a").fingerprint == model.fingerprint
     other = trained.train(TEXTS, 341, tmp_path / "b")
     assert other.fingerprint != model.fingerprint
     assert (model.vocab_size, other.vocab_size) == (340, 341)
@@ -103,10 +102,10 @@ def test_vocabulary_too_large_or_too_small_names_what_fits(tmp_path):
 
 def test_errors_of_the_user(model, tmp_path):
     with pytest.raises(UserError, match="no tokenizer in"):
-        tokenizer.load(tmp_path)
+        load.load(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(UserError, match="not a SentencePiece model"):
-        tokenizer.load(tmp_path)
+        load.load(tmp_path)
     for wrong in (-1, 340):
         with pytest.raises(UserError, match=f"token {wrong} is not in the vocabulary of 340"):
             model.decode([5, wrong])

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from core import aot, hlo, sharding, tree
+from core import sharding, tree
+from core.compile import aot, hlo
 from core.sharding import MeshConfig, make_mesh
 from infer import load, steps
-from infer.sampling import Sampling, pack
+from infer.sampling.params import Sampling, pack
 from model import cache, memory, weights
 from model.attention.spec import full
 from model.cache_form import Form

@@ -11,10 +11,11 @@ import pytest
 from conftest import make_mesh
 
 from core.config import UserError
-from infer import beam, decode, load
-from infer.beam import Search
+from infer import decode, load
 from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
+from infer.sampling.beam import Search
+from infer.sampling.params import beam
 from model.attention.spec import full, sliding
 from model.cache_form import Form
 

@@ -15,12 +15,14 @@ from conftest import make_mesh
 
 from core.config import Unsupported, UserError
 from core.sharding import MeshConfig
-from infer import bench, load
-from infer.config import BenchConfig
+from evals import bench
+from evals.config import BenchConfig
+from evals.report import cases as variants
+from evals.report import sweep
+from evals.report.measuring import measure, peaks
+from evals.report.store import Store
+from infer import load
 from infer.programs import bucket
-from infer.report import cases as variants
-from infer.report import measure, peaks, sweep
-from infer.report.store import Store
 
 TOKEN = 2 * 2 * 8 * 4  # k and v, kv heads, head dim, bytes
 
@@ -247,7 +249,7 @@ def test_measuring_reads_the_text_once_and_makes_tokens_one_by_one(one_device):
 def test_killed_in_earnest(tmp_path):
     """kill -9 during a sweep of the command, and the command again."""
     command = [
-        sys.executable, "-m", "infer.bench", "--config=configs/quickstart.py:tiny",
+        sys.executable, "-m", "evals.bench", "--config=configs/quickstart.py:tiny",
         f"--config.workdir={tmp_path}", "--config.bench.contexts=64,128,256",
     ]  # fmt: skip
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}

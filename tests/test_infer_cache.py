@@ -12,7 +12,7 @@ from tolerances import assert_close
 from core.config import Unsupported
 from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
-from infer.sampling import Sampling, pack
+from infer.sampling.params import Sampling, pack
 from model.attention.spec import full, moba, nsa, sliding
 from model.cache_form import Form
 

@@ -13,14 +13,15 @@ import pytest
 from conftest import make_mesh
 from tolerances import assert_close
 
-from core import hlo, tree
+from core import tree
+from core.compile import hlo
 from core.config import Unsupported, UserError
 from core.sharding import MeshConfig
-from data import tokenizer as tokenizers
+from data.tokenizer import load as tokenizers
 from infer import decode, load, text
 from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
-from infer.sampling import Sampling, pack
+from infer.sampling.params import Sampling, pack
 from infer.text import Writer
 
 NEW = 13

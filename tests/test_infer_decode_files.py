@@ -11,7 +11,7 @@ from conftest import make_mesh
 
 from core.config import UserError
 from core.sharding import MeshConfig
-from data import tokenizer as tokenizers
+from data.tokenizer import load as tokenizers
 from infer import decode, load, rows, text
 from infer.config import DecodeConfig
 

@@ -7,9 +7,13 @@ import pytest
 from conftest import make_mesh
 
 from core.config import UserError
-from infer import decode, load, recall, score, speculate
-from infer.config import BenchConfig, DecodeConfig, RecallConfig, ScoreConfig
-from infer.report import source, tables
+from evals import recall
+from evals.config import BenchConfig, RecallConfig
+from evals.report import source
+from evals.report.show import tables
+from infer import decode, load, score
+from infer.config import DecodeConfig, ScoreConfig
+from infer.speculative import speculate
 from model.attention.spec import full
 
 DTYPES = {  # of a section: what computes, and what the header says of it

@@ -12,7 +12,7 @@ from infer import decode
 from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
 from infer.prefix import Reader
-from infer.sampling import Sampling, pack
+from infer.sampling.params import Sampling, pack
 from model.attention.spec import full, moba, nsa, prefix, sliding
 from model.cache_form import Form
 from model.rope import Rope

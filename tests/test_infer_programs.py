@@ -14,8 +14,8 @@ from conftest import make_mesh
 
 from infer.engine import Engine, Plan, ahead
 from infer.programs import bucket
-from infer.sampling import Sampling, pack
-from infer.speculate import Speculator
+from infer.sampling.params import Sampling, pack
+from infer.speculative.speculate import Speculator
 from model.attention.spec import full, sliding
 
 LENGTH, WINDOW = 65_536, 32_768

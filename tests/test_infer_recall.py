@@ -11,10 +11,10 @@ from conftest import make_mesh
 
 from core.config import UserError
 from core.sharding import MeshConfig
-from data import recall as texts
-from data import tokenizer_trained
-from infer import recall
-from infer.config import RecallConfig
+from data.texts import recall as texts
+from data.tokenizer import trained
+from evals import recall
+from evals.config import RecallConfig
 from model import rope
 from model.attention.spec import full, sliding
 from model.rope import Rope
@@ -28,7 +28,7 @@ CONFIG = RecallConfig(
 def vocabulary(tmp_path_factory):
     """A tokenizer with a token a word."""
     many = [texts.document(0, i, 400) for i in range(1500)]
-    return tokenizer_trained.train(many, 576, tmp_path_factory.mktemp("vocabulary"))
+    return trained.train(many, 576, tmp_path_factory.mktemp("vocabulary"))
 
 
 def model_config(**fields):

@@ -10,16 +10,18 @@ import pytest
 from conftest import make_mesh
 
 from core import tree
+from core.compile.hardware import GIB
 from core.config import Unsupported, UserError
-from core.hardware import GIB
+from evals.config import BenchConfig
+from evals.report import cases as variants
+from evals.report import predict, progress, rows
+from evals.report.measuring import measure, peaks
+from evals.report.measuring.measure import Measured
+from evals.report.measuring.peaks import Peaks
+from evals.report.progress import Bar, Step
+from evals.report.show import plots
 from infer import layout
-from infer.config import BenchConfig
 from infer.engine import Engine, Plan
-from infer.report import cases as variants
-from infer.report import measure, peaks, plots, predict, progress, rows
-from infer.report.measure import Measured
-from infer.report.peaks import Peaks
-from infer.report.progress import Bar, Step
 from model.attention.spec import full, moba, sliding
 from model.cache_form import Form
 

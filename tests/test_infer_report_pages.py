@@ -10,14 +10,14 @@ import pytest
 from matplotlib.figure import Figure
 
 from core.config import UserError
-from core.output import signed
-from infer import bench
-from infer.config import BenchConfig
-from infer.report import cases as variants
-from infer.report import compare, figures, folder, heat, plots, tables
-from infer.report.measure import Measured
-from infer.report.peaks import Peaks
-from infer.report.rows import measured, plan, planned
+from core.storage.output import signed
+from evals import bench
+from evals.config import BenchConfig
+from evals.report import cases as variants
+from evals.report.measuring.measure import Measured
+from evals.report.measuring.peaks import Peaks
+from evals.report.rows import measured, plan, planned
+from evals.report.show import compare, figures, folder, heat, plots, tables
 from model.attention.spec import full, sliding
 
 SIZES = (1024, 2048, 4096, 8192)
@@ -195,8 +195,8 @@ def test_what_cannot_be_compared_is_refused(two, tmp_path):
         run(two[0], two[0] + "/report.json")
     for content, message in (
         ("{", "is not JSON"),
-        ("[1]", "is no report of infer.bench: it has no rows"),
-        ('{"rows": []}', "is no report of infer.bench: it has no rows"),
+        ("[1]", "is no report of evals.bench: it has no rows"),
+        ('{"rows": []}', "is no report of evals.bench: it has no rows"),
         ('{"rows": [{"context": 1}]}', "a row has no 'attention'"),
     ):
         path = tmp_path / "other.json"

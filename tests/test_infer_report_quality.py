@@ -9,13 +9,16 @@ import pytest
 from conftest import make_mesh
 
 from core.config import UserError
-from infer import bench, load, tasks
-from infer.config import BenchConfig
+from evals import bench
+from evals.config import BenchConfig
+from evals.report import cases as variants
+from evals.report import predict, rows, sweep
+from evals.report.measuring import measure, peaks, quality, quality_steps
+from evals.report.measuring.measure import Measured
+from evals.report.measuring.quality import Material
+from evals.ruler import tasks
+from infer import load
 from infer.engine import Engine, Plan
-from infer.report import cases as variants
-from infer.report import measure, peaks, predict, quality, quality_steps, rows, sweep
-from infer.report.measure import Measured
-from infer.report.quality import Material
 from model.attention.spec import full, sliding
 from model.rope import Rope
 

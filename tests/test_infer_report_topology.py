@@ -7,12 +7,12 @@ import infer_cases as cases
 import jax
 import pytest
 
+from core.compile.hardware import GIB, chip
 from core.config import UserError
-from core.hardware import GIB, chip
 from core.sharding import MeshConfig
-from infer import bench
-from infer.config import BenchConfig
-from infer.report import predict, rows, sweep, topology
+from evals import bench
+from evals.config import BenchConfig
+from evals.report import predict, rows, sweep, topology
 from model.attention.spec import full
 
 pytestmark = pytest.mark.usefixtures("compile_only")

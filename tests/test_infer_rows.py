@@ -11,11 +11,11 @@ import pytest
 from conftest import make_mesh
 
 from core.config import UserError
-from data import tokenizer as tokenizers
+from data.tokenizer import load as tokenizers
 from infer import decode, load, rows
 from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
-from infer.sampling import Sampling, pack
+from infer.sampling.params import Sampling, pack
 from model.attention.spec import full
 from model.rope import Rope
 

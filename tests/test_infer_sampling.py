@@ -11,9 +11,8 @@ import pytest
 from scipy import stats
 
 from core.config import UserError
-from infer import draw, sampling
-from infer.draw import Counts
-from infer.sampling import Sampling, pack
+from infer.sampling.draw import Counts
+from infer.sampling.params import Sampling, draw, pack, params
 
 V, EOS, MADE = 300, (2, 9), 3
 CASES = [
@@ -244,7 +243,7 @@ def test_stages_that_no_row_uses_are_not_in_the_program():
 
 def test_lists_are_filled_up_with_what_is_no_token():
     packed = pack([Sampling(logit_bias=((4, -300),), banned_tokens=(7,)), Sampling()])
-    assert packed.bias.tokens_BJ.tolist() == [[4, 7], [sampling.NO_ID] * 2]
+    assert packed.bias.tokens_BJ.tolist() == [[4, 7], [params.NO_ID] * 2]
     assert packed.bias.values_BJ.tolist() == [[-100, -np.inf], [0, 0]]
 
 

@@ -13,12 +13,13 @@ from conftest import make_mesh
 from scipy import stats
 
 from core.config import Unsupported, UserError
-from infer import decode, guess, load
+from infer import decode, load
 from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
 from infer.prefix import Reader
-from infer.sampling import Sampling, pack
-from infer.speculate import Speculator
+from infer.sampling.params import Sampling, pack
+from infer.speculative import guess
+from infer.speculative.speculate import Speculator
 from model.attention.spec import full, moba, nsa, prefix, sliding
 from model.cache_form import Form
 

@@ -8,10 +8,9 @@ import pytest
 import tokenizer_cases
 
 from core.config import UserError
-from data import tokenizer as tokenizers
-from data.tokenizer_base import Tokenizer
-from infer import tasks
-from infer.ruler import counting, sample
+from data.tokenizer import load as tokenizers
+from data.tokenizer.base import Tokenizer
+from evals.ruler import counting, sample, tasks
 
 MADE = [kind for kind in tasks.KINDS if kind not in tasks.QUESTIONS]
 RETRIEVAL = [kind for kind in MADE if kind.startswith("niah")]

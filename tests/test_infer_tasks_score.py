@@ -2,7 +2,7 @@
 
 import pytest
 
-from infer import tasks
+from evals.ruler import tasks
 
 
 def test_every_reference_counts():

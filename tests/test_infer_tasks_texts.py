@@ -7,9 +7,8 @@ import pytest
 import tokenizer_cases
 
 from core.config import UserError
-from data import tokenizer as tokenizers
-from infer import tasks
-from infer.ruler import haystack, words
+from data.tokenizer import load as tokenizers
+from evals.ruler import haystack, tasks, words
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import pytest
 import tokenizer_cases
 
 from core.config import UserError
-from data import tokenizer as tokenizers
+from data.tokenizer import load as tokenizers
 from infer import load, rows, text
 from infer.config import DecodeConfig
-from infer.sampling import Sampling
+from infer.sampling.params import Sampling
 
 
 def test_text_begins_with_bos_only_where_there_is_one(tmp_path):

@@ -16,7 +16,7 @@ from core.config import UserError
 from infer import decode, score
 from infer.config import DecodeConfig, ScoreConfig
 from infer.engine import Engine, Plan
-from infer.sampling import Sampling, pack
+from infer.sampling.params import Sampling, pack
 from model.attention.spec import full, sliding
 from model.cache_form import Form
 from model.rope import Rope

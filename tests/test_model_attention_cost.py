@@ -8,7 +8,8 @@ import pytest
 from conftest import make_mesh
 from test_model_attention_strategies import call
 
-from core import hardware, sharding
+from core import sharding
+from core.compile import hardware
 from model.attention import cost, kernels
 from model.attention.spec import full, sliding
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import tpu_kernels
 
-from core.aot import slice_devices
+from core.compile.aot import slice_devices
 from core.sharding import MeshConfig, make_mesh
 from model.attention import reference
 from model.attention.blocks import Pair

@@ -15,11 +15,12 @@ import pytest
 import tokenizer_cases
 from conftest import make_mesh
 
-from core import cli, sharding, tree
+from core import sharding, tree
 from core.checkpoint import Bundle
+from core.command import cli
 from core.config import UserError
 from core.sharding import prefilling, training
-from data import tokenizer
+from data.tokenizer import load as tokenizers
 from infer import decode, load
 from infer.config import DecodeConfig
 from model import checkpoint_files, convert, families, hf_export, hf_import, transformer
@@ -275,8 +276,8 @@ def test_the_tokenizer_travels_along(tmp_path):
     assert not (tmp_path / "bundle" / "tokenizer" / "README.md").exists()
     told = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (told["bos_token_id"], told["eos_token_id"]) == (300, [301, 302])
-    again = tokenizer.load(tmp_path / "back")
-    assert again.fingerprint == tokenizer.load(tmp_path / "bundle" / "tokenizer").fingerprint
+    again = tokenizers.load(tmp_path / "back")
+    assert again.fingerprint == tokenizers.load(tmp_path / "bundle" / "tokenizer").fingerprint
 
 
 KILLED = """

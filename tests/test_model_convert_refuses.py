@@ -10,7 +10,7 @@ import pytest
 import tokenizer_cases
 from safetensors.numpy import save_file
 
-from core import cli
+from core.command import cli
 from model import convert
 
 WEIGHTS, NORM = "model.safetensors", "model.norm.weight"

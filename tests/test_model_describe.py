@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from core import checkpoint, hlo, sharding, tree
+from core import checkpoint, sharding, tree
+from core.compile import hlo
 from core.config import Experiment, to_json
 from infer import load
 from model import cache, describe, describe_table, flops, memory, parts, transformer, weights

@@ -16,8 +16,8 @@ import pytest
 import train_cases
 from train_cases import command
 
-from core.aot import compile_for, slice_devices
-from core.hlo_text import parse
+from core.compile.aot import compile_for, slice_devices
+from core.compile.hlo_text import parse
 from core.sharding import MeshConfig, make_mesh
 from model.attention.spec import full
 from model.config import ModelConfig

@@ -14,9 +14,9 @@ from data import store
 from data.loader import validation_batches
 from model import transformer
 from model.attention.spec import full
-from train import feed
-from train.evaluate import evaluate
-from train.feed import Feed
+from train.loop import feed
+from train.loop.evaluate import evaluate
+from train.loop.feed import Feed
 
 LENGTH, NUM_DOCUMENTS, NUM_BYTES = 16, 13, 41
 

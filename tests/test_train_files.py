@@ -8,10 +8,10 @@ import shutil
 import pytest
 from train_cases import bundle_steps, command, copy, cut_back, experiment, rows
 
-from core import lock
 from core.checkpoint import Bundle
 from core.config import UserError
-from core.files import LISTING
+from core.storage import lock
+from core.storage.files import LISTING
 from data import prepare
 from train import pretrain
 

@@ -23,7 +23,7 @@ from train_cases import (
 
 from core import sharding, tree
 from core.checkpoint import Bundle
-from core.files import damaged
+from core.storage.files import damaged
 from model import transformer
 from train import optimizer, pretrain, state
 

@@ -27,12 +27,12 @@ from train_cases import (
 
 from core import sharding
 from core.checkpoint import Bundle
-from core.files import damaged
+from core.storage.files import damaged
 from data.store import TokenStore
 from model import transformer
 from model.config import ModelConfig
 from train import optimizer, pretrain
-from train.stop import Stop
+from train.loop.stop import Stop
 
 KEYS = {"step", "loss", "tokens_per_second", "mfu", "grad_norm", "learning_rate"}
 

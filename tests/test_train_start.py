@@ -20,9 +20,10 @@ from data.store import TokenStore
 from model import transformer
 from model.attention.spec import full, sliding
 from model.rope import Rope
-from train import initial, pretrain, run
-from train.evaluate import evaluate
-from train.feed import Feed
+from train import initial, pretrain
+from train.loop import run
+from train.loop.evaluate import evaluate
+from train.loop.feed import Feed
 from train.step import eval_step
 
 STEPS = dict(steps=6, save_every=3, learning_rate=1e-4)

@@ -17,7 +17,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from core import cli, layout, sharding, tree
+from core import layout, sharding, tree
+from core.command import cli
 from core.config import Experiment, to_json
 from core.sharding import MeshConfig
 from data.batch import Batch

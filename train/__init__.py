@@ -1,6 +1,6 @@
 """Pre-training: loss, optimizer, step, loop."""
 
-from core import environment, interrupt
+from core.command import environment, interrupt
 
 interrupt.watch()
 environment.check()

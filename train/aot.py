@@ -14,11 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from core import aot, backend, cli, hardware, hlo, layout, sharding, streams, tree
+from core import backend, layout, sharding, tree
+from core.command import cli
+from core.compile import aot, hardware, hlo
+from core.compile.hardware import Chip
 from core.config import Experiment
-from core.hardware import Chip
-from core.output import File, begins_with, is_json
 from core.sharding import MeshConfig, Rules, make_mesh
+from core.storage import streams
+from core.storage.output import File, begins_with, is_json
 from data.batch import Batch
 from model import transformer
 from model.config import ModelConfig
@@ -26,7 +29,7 @@ from train import aot_report, optimizer, state
 from train.aot_report import Report
 from train.attention_flops import busiest_device
 from train.config import AotConfig, TrainConfig
-from train.run import choose_rules
+from train.loop.run import choose_rules
 from train.step import make_train_step
 
 ATTENTION = "/attention/shard_map/"  # in the op_name of all that an attention kernel does

@@ -7,9 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from core.compile.hardware import Chip
+from core.compile.hlo import Collective
 from core.config import Experiment
-from core.hardware import Chip
-from core.hlo import Collective
 from core.sharding import axis_sizes
 from model.flops import Convention, training_flops_per_token
 

@@ -11,8 +11,8 @@ from core import tree
 from core.checkpoint import Bundle
 from core.config import Experiment, UserError, to_dict
 from core.sharding import Rules
-from data import tokenizer
 from data.store import TokenStore
+from data.tokenizer import load as tokenizers
 from model import transformer
 from model.config import ModelConfig
 from model.transformer import Transformer
@@ -69,7 +69,7 @@ def check_tokenizer(bundle: Bundle, store: TokenStore) -> None:
     """UserError unless the data is in the tokens that the bundle speaks, where it says which."""
     if bundle.tokenizer is None:
         return
-    theirs, ours = tokenizer.load(bundle.tokenizer).fingerprint, store.manifest["tokenizer"]
+    theirs, ours = tokenizers.load(bundle.tokenizer).fingerprint, store.manifest["tokenizer"]
     if theirs != ours:
         raise UserError(
             f"its tokenizer ({theirs[:12]}) is not that of {store.directory} ({ours[:12]}): "

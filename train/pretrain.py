@@ -16,10 +16,13 @@ from pathlib import Path
 
 import jax
 
-from core import backend, cli, files, hardware, layout, lock, tree
+from core import backend, layout, tree
+from core.command import cli
+from core.compile import hardware
 from core.config import Experiment, UserError
 from core.metrics import MetricsWriter
 from core.sharding import MeshConfig, make_mesh
+from core.storage import files, lock
 from data.batch import Batch
 from data.config import DataConfig
 from data.loader import (
@@ -32,14 +35,14 @@ from data.loader import (
 from data.store import TokenStore, read_manifest
 from model.config import ModelConfig
 from model.flops import training_flops_per_token
-from train import run
 from train.config import TrainConfig
-from train.evaluate import evaluate
-from train.feed import Feed
-from train.progress import TrainProgress
-from train.run import Run
+from train.loop import run
+from train.loop.evaluate import evaluate
+from train.loop.feed import Feed
+from train.loop.progress import TrainProgress
+from train.loop.run import Run
+from train.loop.stop import Stop
 from train.step import Metrics, make_train_step
-from train.stop import Stop
 
 
 def main(experiment: Experiment) -> None:

@@ -17,7 +17,7 @@ wait for it. A balanced ring in bfloat16 hides its forward sends from c = 2 (K /
 
 from typing import NamedTuple
 
-from core.hardware import Chip
+from core.compile.hardware import Chip
 from model.attention import ulysses
 
 EFFICIENCY = 0.5  # of the peak, in kernels

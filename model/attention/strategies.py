@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from core import hardware, layout
+from core import layout
+from core.compile import hardware
 from core.config import Unsupported
 from core.sharding import Rules, device_kind
 from model.attention import cost, gather, local, ring, splash, ulysses

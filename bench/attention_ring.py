@@ -1,6 +1,0 @@
-"""Worker of bench.attention: `ring` with the chunked kernel, over 4 simulated devices."""
-
-from bench.attention_ours import main
-
-if __name__ == "__main__":
-    main(simulate=4, seq=4)

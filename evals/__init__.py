@@ -1,0 +1,6 @@
+"""How far a model sees, how fast, and at what cost."""
+
+from core import environment, interrupt
+
+interrupt.watch()
+environment.check()

@@ -1,0 +1,1 @@
+"""The parts of the context-window report of `python -m evals.bench`."""

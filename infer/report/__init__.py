@@ -1,1 +1,0 @@
-"""The parts of the context-window report of `python -m infer.bench`."""

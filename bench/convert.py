@@ -20,8 +20,9 @@ import numpy as np
 from bench.sides.commands import call, whole
 from core import lazy
 from core.command import cli
-from model import checkpoint_files, families, safetensors
-from model.safetensors import Writer
+from model import families
+from model.io import checkpoint_files, safetensors
+from model.io.safetensors import Writer
 
 MOST_SECONDS, MOST_BYTES = 120, 3.5 * 2**30
 SHARD_GB = 2.0

@@ -22,7 +22,8 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 
 from core.command import cli
-from model.attention import blocks, gpu
+from model.attention import blocks
+from model.attention.kernels import gpu
 from model.attention.mask import BlockSparse, Full, Mask, Positions, Window
 
 LENGTH, QUERY_HEADS, KEY_HEADS = 4096, 8, 2

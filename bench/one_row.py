@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from core.command import cli
-from model import one_row
+from model.ops import one_row
 
 INPUTS, OUTPUTS, WEIGHTS, ROUNDS, PRODUCTS = 768, 2048, 64, 7, 8
 

@@ -21,7 +21,7 @@ from evals.config import BenchConfig
 from infer.config import DecodeConfig, ScoreConfig
 from model import families
 from model.attention.spec import full, nsa, sliding
-from model.rope import Rope
+from model.ops.rope import Rope
 from train.config import AotConfig, TrainConfig
 
 TOKENS = 2**20  # of a step

@@ -22,7 +22,7 @@ from evals.config import BenchConfig, RecallConfig
 from infer.config import DecodeConfig, ScoreConfig
 from model.attention.spec import AttentionSpec, full, moba, nsa, sliding
 from model.config import ModelConfig
-from model.rope import Rope
+from model.ops.rope import Rope
 from train.config import TrainConfig
 
 LENGTH, FACTOR = 1024, 16  # tokens that models are trained for, and times as many to ask at

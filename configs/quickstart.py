@@ -18,7 +18,7 @@ from evals.config import BenchConfig
 from infer.config import DecodeConfig, ScoreConfig
 from model.attention.spec import full, sliding
 from model.config import ModelConfig
-from model.rope import Rope
+from model.ops.rope import Rope
 from train.config import TrainConfig
 
 

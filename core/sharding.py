@@ -25,7 +25,7 @@ from core.config import Section, UserError, setting
 AXES = ("data", "seq", "model")
 Strategy = Literal["auto", "local", "allgather", "ring", "ulysses"]
 Layout = Literal["contiguous", "zigzag", "striped", "multizigzag"]
-Order = Layout | Literal["dealt"]  # to the shards of the cache, token by token: model/cache.py
+Order = Layout | Literal["dealt"]  # token by token to the shards of a cache: model/cache/
 
 
 @dataclasses.dataclass(frozen=True)

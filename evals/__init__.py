@@ -1,6 +1,6 @@
 """How far a model sees, how fast, and at what cost."""
 
-from core import environment, interrupt
+from core.command import environment, interrupt
 
 interrupt.watch()
 environment.check()

@@ -5,7 +5,7 @@ from typing import Literal
 
 from core.config import UserError, setting
 from infer.config import Rows, Weights
-from model.cache_form import Form
+from model.cache.form import Form
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,7 @@ from infer.engine import Engine, Plan
 from infer.sampling.params import Sampling, pack
 from infer.steps import Prefilled
 from model import transformer
-from model.rope import Rope
+from model.ops.rope import Rope
 from model.transformer import Transformer
 
 ANSWER = 1  # tokens of a value

@@ -1,6 +1,6 @@
 """From a bundle to text and scores."""
 
-from core import environment, interrupt
+from core.command import environment, interrupt
 
 interrupt.watch()
 environment.check()

@@ -5,8 +5,8 @@ from typing import Literal
 
 from core.config import Section, Unsupported, UserError, setting
 from infer.sampling.params import Sampling
-from model.cache_form import Form
-from model.weights import Kind
+from model.cache.form import Form
+from model.sizes.weights import Kind
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,13 +27,14 @@ from infer.engine import Engine, Plan
 from infer.load import Found
 from infer.prefix import Reader
 from infer.rows import Row, Spent, read_rows
-from infer.sampling.params import Packed, Sampling, beam, pack
+from infer.sampling import beam
+from infer.sampling.params import Packed, Sampling, pack
 from infer.speculative import speculate
 from infer.speculative.speculate import Speculator
 from infer.steps import Made
-from model import parts, weights
-from model.cache_form import Form
-from model.quantised import Rounding
+from model.cache.form import Form
+from model.ops.quantised import Rounding
+from model.sizes import parts, weights
 
 
 def main(experiment: Experiment) -> list[dict]:

@@ -21,12 +21,15 @@ from core.config import Unsupported
 from data.tokenizer.base import Tokenizer
 from infer import steps
 from infer.programs import Programs, bucket
+from infer.sampling import logprobs
 from infer.sampling.draw import Counts
-from infer.sampling.params import Packed, logprobs
+from infer.sampling.params import Packed
 from infer.steps import Chunk, Made, Prefilled, State
-from model import cache, transformer, weights
-from model.cache import PLAIN
-from model.cache_form import Form
+from model import transformer
+from model.cache import kv_cache
+from model.cache.form import Form
+from model.cache.kv_cache import PLAIN
+from model.sizes import weights
 from model.transformer import Transformer
 
 
@@ -137,7 +140,7 @@ class Engine:
 
     def _empty(self) -> Prefilled:
         config, rules = self.model.config, self.model.rules
-        kv = cache.create(config, self.plan.batch, self.plan.length, rules, self.form)
+        kv = kv_cache.create(config, self.plan.batch, self.plan.length, rules, self.form)
         shape = (self.plan.batch, config.embed_dim)
         zeros_BD = jnp.zeros(shape, config.compute_dtype, out_sharding=rules("batch", None))
         return Prefilled(kv, zeros_BD)

@@ -14,7 +14,7 @@ from core import tree
 from core.sharding import Rules, device_kind
 from model import transformer
 from model.config import ModelConfig
-from model.parts import PLACE
+from model.sizes.parts import PLACE
 from model.transformer import Transformer
 
 TABLES = "embedding_VD", "positions_PD"  # that tokens are looked up in

@@ -20,9 +20,11 @@ from core.sharding import Rules, prefilling
 from data.tokenizer import load as tokenizers
 from data.tokenizer.base import Tokenizer
 from infer import layout
-from model import parts, quantised, transformer, weights
+from model import transformer
 from model.config import ModelConfig
-from model.quantised import Quantised, Rounding, Table
+from model.ops import quantised
+from model.ops.quantised import Quantised, Rounding, Table
+from model.sizes import parts, weights
 from model.transformer import Transformer
 
 

@@ -16,7 +16,7 @@ from infer.config import DecodeConfig
 from infer.load import Found
 from infer.sampling.params import NO_ID, Sampling
 from infer.text import Prompt, Writer
-from model.cache_form import Form
+from model.cache.form import Form
 
 SHOWN = 40  # characters of a prompt in errors
 

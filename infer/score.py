@@ -20,8 +20,8 @@ from core.storage import rows_file, streams
 from infer import load, text
 from infer.config import ScoreConfig
 from infer.engine import Engine, Plan
-from model import weights
-from model.cache_form import Form
+from model.cache.form import Form
+from model.sizes import weights
 
 
 def main(experiment: Experiment) -> list[dict]:

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from core.sharding import Rules
+from infer.sampling import draw, logprobs
 from infer.sampling.draw import Counts
-from infer.sampling.params import Packed, draw, logprobs
-from model import cache
-from model.cache import KVCache
+from infer.sampling.params import Packed
+from model.cache import kv_cache as cache
+from model.cache.kv_cache import KVCache
 from model.transformer import Transformer
 
 STEPS = 8  # tokens a call of the decode loop: text comes in pieces of so many tokens

@@ -33,11 +33,13 @@ from core.command import cli
 from core.config import Experiment, UserError, to_json
 from core.storage.files import write_text
 from core.tokenizer import tokenizer_files
-from model import checkpoint_files, families, hf_export, hf_import, parts, tokenizer_check
-from model.checkpoint_files import CONFIG
+from model import families
 from model.config import ModelConfig
 from model.families.tensor import Tensor
-from model.hf_import import Done
+from model.io import checkpoint_files, hf_export, hf_import, tokenizer_check
+from model.io.checkpoint_files import CONFIG
+from model.io.hf_import import Done
+from model.sizes import parts
 
 log = logging.getLogger("cakrawala")
 

@@ -15,9 +15,10 @@ from typing import Any, get_args
 from core import checkpoint, sharding
 from core.command import cli
 from core.config import Section, UserError, setting, to_dict
-from model import describe_table, flops, memory, parts, weights
 from model.config import ModelConfig
-from model.memory import Format
+from model.sizes import flops, memory, parts, weights
+from model.sizes import table as describe_table
+from model.sizes.memory import Format
 from model.transformer import Remat
 
 LONGEST = 2**20

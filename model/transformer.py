@@ -16,17 +16,18 @@ from jax.ad_checkpoint import checkpoint_name
 
 from core.config import UserError
 from core.sharding import Rules
-from model import quantised, rope
-from model.attention import local
-from model.attention.decode import New
 from model.attention.mask import Positions
 from model.attention.spec import AttentionSpec
-from model.block import Block, Norm
-from model.cache import KVCache
+from model.attention.strategies import local
+from model.block import Block
+from model.cache.flash_decode import New
+from model.cache.kv_cache import KVCache
 from model.config import ModelConfig
-from model.linear import product
-from model.parameters import Maker
-from model.quantised import Table
+from model.initializers import Maker
+from model.layers.norm import Norm
+from model.ops import quantised, rope
+from model.ops.linear import product
+from model.ops.quantised import Table
 
 Remat = Literal["none", "dots", "attention", "offload", "full"]
 

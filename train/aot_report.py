@@ -11,7 +11,7 @@ from core.compile.hardware import Chip
 from core.compile.hlo import Collective
 from core.config import Experiment
 from core.sharding import axis_sizes
-from model.flops import Convention, training_flops_per_token
+from model.sizes.flops import Convention, training_flops_per_token
 
 NOTES = """\
 FLOPs and bytes: one step, the busiest device, what rematerialisation redoes included; attention

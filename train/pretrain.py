@@ -34,7 +34,7 @@ from data.loader import (
 )
 from data.store import TokenStore, read_manifest
 from model.config import ModelConfig
-from model.flops import training_flops_per_token
+from model.sizes.flops import training_flops_per_token
 from train.config import TrainConfig
 from train.loop import run
 from train.loop.evaluate import evaluate

@@ -16,9 +16,10 @@ from infer import load
 from infer.engine import Engine, Plan
 from infer.sampling.params import Sampling, pack
 from infer.steps import STEPS
-from model import transformer, weights
-from model.cache import KVCache
+from model import transformer
+from model.cache.kv_cache import KVCache
 from model.config import ModelConfig
+from model.sizes import weights
 
 
 def model_config(dtype: str) -> ModelConfig:

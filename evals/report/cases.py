@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 from core import tree
 from core.config import UserError
-from model import transformer, weights
-from model.cache import PLAIN
-from model.cache_form import Form
+from model import transformer
+from model.cache.form import Form
+from model.cache.kv_cache import PLAIN
+from model.sizes import weights
 from model.transformer import Transformer
 
 # Kinds of the cache that bench.kv names, beside the one that the section's own fields give.

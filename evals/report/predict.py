@@ -18,9 +18,9 @@ from core import tree
 from core.compile import hardware
 from evals.report.cases import Case
 from infer.engine import Plan
-from model import cache, flops
-from model.attention import decode
+from model.cache import flash_decode, kv_cache
 from model.config import ModelConfig
+from model.sizes import flops
 from model.transformer import Transformer
 
 
@@ -42,13 +42,13 @@ def memory(case: Case, plan: Plan) -> Memory:
     return Memory(device_bytes(case.model), cache_bytes(planned), working_set(case.model, plan))
 
 
-def create(case: Case, batch: int, length: int) -> cache.KVCache:
+def create(case: Case, batch: int, length: int) -> kv_cache.KVCache:
     """The cache as shapes."""
     sizes = case.model.config, batch, length, case.model.rules, case.form
-    return jax.eval_shape(lambda: cache.create(*sizes))
+    return jax.eval_shape(lambda: kv_cache.create(*sizes))
 
 
-def cache_bytes(planned: cache.KVCache) -> int:
+def cache_bytes(planned: kv_cache.KVCache) -> int:
     """Bytes of a cache on one device: of what the host keeps, two layers at a time."""
     total, fetched = device_bytes(planned), 0
     for slot in planned.slots:
@@ -68,13 +68,13 @@ def _local_bytes(x: Any) -> int:
     return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
-def kv_arrays(slots: Sequence[cache.Slot]) -> list[tuple]:
+def kv_arrays(slots: Sequence[kv_cache.Slot]) -> list[tuple]:
     """Keys, values and what chooses among them, without the positions."""
     every = [x for slot in slots for x in (slot, slot.blocks) if x is not None]
     return [(x.k_LBKSH, x.v_LBKSH, x.pages) for x in every]
 
 
-def kv_bytes(slots: Sequence[cache.Slot]) -> int:
+def kv_bytes(slots: Sequence[kv_cache.Slot]) -> int:
     """Bytes of `kv_arrays` over all devices."""
     return tree.num_bytes(kv_arrays(slots))
 
@@ -95,7 +95,7 @@ def working_set(model: Transformer, plan: Plan) -> int:
     shapes = [config.kv_shape(spec) for spec in config.pattern]
     widest = max(H for _, H in shapes)
     kv = max(max(1, K / heads) * H for K, H in shapes)
-    block = min(decode.BLOCK, plan.length)
+    block = min(flash_decode.BLOCK, plan.length)
     # Queries of all shards of the length meet the keys of this one.
     scores = 2 * rows * plan.chunk * N * block * 4
     layer = tokens * (4 * D + 2 * N * widest + 2 * kv) * itemsize
@@ -184,6 +184,6 @@ def _host_bytes() -> int | None:
     return min(found, default=None)
 
 
-def live_bytes(kv: cache.KVCache) -> int:
+def live_bytes(kv: kv_cache.KVCache) -> int:
     """Bytes of the keys and values of all tokens that the cache holds, over all devices."""
     return sum(int((slot.positions_BS >= 0).sum()) * slot.token_bytes for slot in kv.slots)

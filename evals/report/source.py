@@ -20,10 +20,11 @@ from evals.report.cases import Case
 from evals.report.store import fingerprint
 from infer import load
 from infer.load import Found
-from model import parts, transformer
-from model import weights as rounded
-from model.cache_form import Form
-from model.quantised import Rounding
+from model import transformer
+from model.cache.form import Form
+from model.ops.quantised import Rounding
+from model.sizes import parts
+from model.sizes import weights as rounded
 from model.transformer import Transformer
 
 

@@ -28,7 +28,9 @@ from evals.report.show import tables
 from infer import steps
 from infer.engine import Plan
 from infer.sampling.params import Sampling, pack
-from model import cache, flops, transformer
+from model import transformer
+from model.cache import kv_cache
+from model.sizes import flops
 from model.transformer import Transformer
 
 ATTENTION = "/attention/shard_map/"  # in the op_name of all that attention does
@@ -168,7 +170,7 @@ def _program(case: Case, model: Transformer, shapes: Plan, name: str) -> tuple[A
     config, rules, B = model.config, model.rules, shapes.batch
 
     def state() -> tuple:
-        kv = cache.create(config, B, shapes.length, case.model.rules, case.form)
+        kv = kv_cache.create(config, B, shapes.length, case.model.rules, case.form)
         place = rules("batch", None)
         last_BD = jnp.zeros((B, config.embed_dim), config.compute_dtype, out_sharding=place)
         row_B = jnp.zeros(B, jnp.int32, out_sharding=rules("batch"))

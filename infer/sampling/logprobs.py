@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model import cache
+from model.cache import kv_cache
 from model.transformer import Transformer
 
 LOGITS = 64  # tokens of a row whose logits exist at the same time
@@ -41,7 +41,7 @@ def of_chunk(
     Where the length is sharded the hidden states are dealt to the shards; targets are in order.
     """
     rules = model.rules
-    targets_BT = cache.deal(targets_BT, start, rules)
+    targets_BT = kv_cache.deal(targets_BT, start, rules)
     B, T, _ = hidden_BTD.shape
     P = rules.size("length")
     size = math.gcd(T // P, LOGITS)
@@ -64,4 +64,4 @@ def of_chunk(
     logprobs_ZBPC = jnp.reshape(logprobs_ZBC, (-1, B, P, size), out_sharding=of_shard)
     logprobs_BPZ = jnp.moveaxis(logprobs_ZBPC, 0, 2)
     logprobs_BT = jnp.reshape(logprobs_BPZ, (B, T), out_sharding=rules("batch", "length"))
-    return cache.collect(logprobs_BT, start, rules)
+    return kv_cache.collect(logprobs_BT, start, rules)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from core.sharding import Rules
 from infer import steps
 from infer.steps import State
-from model.attention.decode import New
 from model.attention.mask import Positions
-from model.cache import KVCache
+from model.cache.flash_decode import New
+from model.cache.kv_cache import KVCache
 from model.transformer import Transformer
 
 

@@ -34,8 +34,8 @@ from infer.rows import Row
 from infer.speculative import guess
 from infer.steps import Made, State
 from model.attention.mask import Positions
-from model.cache import KVCache
-from model.cache_form import Form
+from model.cache.form import Form
+from model.cache.kv_cache import KVCache
 from model.transformer import Transformer
 
 ROUNDS = 4  # steps of the model in a call of the loop

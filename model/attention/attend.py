@@ -7,10 +7,11 @@ import jax
 
 from core.config import Unsupported
 from core.sharding import Rules
-from model.attention import blocks, select
+from model.attention import blocks
+from model.attention.block_topk import select
 from model.attention.mask import Positions
 from model.attention.spec import AttentionSpec, Heads
-from model.attention.strategies import Call
+from model.attention.strategies.table import Call
 
 
 def attend(

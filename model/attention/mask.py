@@ -5,8 +5,8 @@
     mask.may_see(bounds(q_pos), bounds(k_pos))      # may any pair of two blocks count?
 
 A mask is a pure function of positions, evaluated on tiles, never on S x S. A new kind must write
-`allowed` and nothing else: what a class does not say has a default that is safe and slow. One test
-(tests/test_model_attention_mask.py) holds every method to `allowed`, over all pairs of tiles.
+`allowed` and nothing else: what a class does not say has a default that is safe and slow.
+test_model_attention_mask.py holds every method to `allowed`, over all pairs of tiles.
 """
 
 import dataclasses

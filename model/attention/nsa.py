@@ -13,10 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from core.sharding import Rules
-from model.attention import attend, blocks, kernels, local, select
+from model.attention import attend, blocks
+from model.attention.block_topk import select
 from model.attention.blocks import Pair
+from model.attention.kernels import table as kernels
 from model.attention.mask import Full, Positions
 from model.attention.spec import AttentionSpec, Heads, sliding
+from model.attention.strategies import local
 
 
 class Compressor(NamedTuple):

@@ -20,7 +20,7 @@ from model.attention.mask import (
     Prefix,
     Window,
 )
-from model.rope import Rope
+from model.ops.rope import Rope
 
 
 class Heads(NamedTuple):

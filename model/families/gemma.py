@@ -7,7 +7,7 @@ from model.config import ModelConfig
 from model.families import decoder, rope_json
 from model.families.attributes import ACTIVATIONS, Attributes, spelled
 from model.families.tensor import Tensor
-from model.rope import Rope
+from model.ops.rope import Rope
 
 SIZES = {
     "vocab_size": 256_000,

@@ -18,7 +18,7 @@ from model.families.attributes import (
     number,
     shown,
 )
-from model.rope import Rope
+from model.ops.rope import Rope
 
 # Older files have rope_scaling, with the other three beside it. Newer files have all of it in
 # rope_parameters.

@@ -1,6 +1,6 @@
 """Takes every golden's checkpoint in and out again, for `make.py check` to open.
 
-PYTHONPATH=.:tests python tests/golden/export.py DIR     writes DIR/<case>
+PYTHONPATH=.:tests/cases python tests/golden/export.py DIR     writes DIR/<case>
 """
 
 import sys

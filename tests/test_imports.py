@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "core": {"core"},
     "data": {"core", "data"},
     "model": {"core", "model"},
-    "train": {"core", "data", "model", "train"},
+    "train": {"core", "data", "model", "infer", "train"},
     "infer": {"core", "data", "model", "infer"},
     "evals": {"core", "data", "model", "infer", "evals"},
     "configs": {"core", "data", "model", "train", "infer", "evals"},

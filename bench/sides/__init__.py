@@ -1,0 +1,1 @@
+"""What is compared, each in a process of its own."""

@@ -1,0 +1,1 @@
+"""The command line: config files, values that are typed, signals, messages."""

@@ -1,0 +1,1 @@
+"""Tokens that are proposed cheaply and verified by the model, several at once."""

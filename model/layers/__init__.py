@@ -1,0 +1,1 @@
+"""Norm, attention and MLP of a block."""

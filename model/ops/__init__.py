@@ -1,0 +1,1 @@
+"""Products, rotary positions, rounded weights."""

@@ -1,0 +1,1 @@
+"""Parameters, bytes and FLOPs of a model, without running it."""

@@ -1,0 +1,1 @@
+"""Blocks of keys that queries choose from the data: MoBA, NSA."""

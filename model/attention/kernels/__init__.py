@@ -1,0 +1,1 @@
+"""HOW a block of scores is computed: one forward and one backward each."""

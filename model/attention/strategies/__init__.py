@@ -1,0 +1,1 @@
+"""WHERE keys meet queries when the length is sharded."""

@@ -52,8 +52,13 @@ def small_blocks(monkeypatch):
     small_tiles(monkeypatch, 4)
 
 
-@pytest.mark.parametrize("spread", SPREADS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "spread"),
+    [  # each kind over two strategies; the other two are slow
+        pytest.param(*pair, marks=[pytest.mark.slow] * ((i + i // len(SPREADS)) % 2))
+        for i, pair in enumerate(itertools.product(KINDS, SPREADS))
+    ],
+)
 def test_every_kind_over_every_strategy(kind, spread):
     check(kind, spread, "chunked")
 

@@ -62,6 +62,20 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(layout, "TILE", 2)
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+QUICK = [  # one of each kind and strategy; the other pairs are slow
+    "ring, sliding window, packed documents",
+    "ring, MoBA, packed documents",
+    "ring, any balanced order",
+    "ulysses, fewer kv heads than devices",
+    "ulysses, balanced order",
+    "ulysses, chunks, packed documents",
+    "ring x ulysses, MQA",
+    "ring x ulysses, sinks, packed documents",
+]
+
+
+@pytest.mark.parametrize(
+    "pair", [pytest.param(x, marks=[pytest.mark.slow] * (x not in QUICK)) for x in PAIRS]
+)
 def test_a_pair_that_maxtext_rejects(pair):
     assert_equal_to_one_device(PAIRS[pair])

@@ -53,7 +53,10 @@ def kernels(topology, spec, T, H=128, dtype="bfloat16", mesh=(1, 1, 1), strategy
 BOTH = ["splash_backward", "splash_forward"]
 
 
-@pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1"])
+@pytest.mark.parametrize(
+    "topology",
+    ["v6e:1x1", *(pytest.param(t, marks=pytest.mark.slow) for t in ("v5e:1x1", "v5p:1x1x1"))],
+)
 def test_each_chip_has_a_program(topology):
     assert kernels(topology, full(), 1024) == BOTH
 

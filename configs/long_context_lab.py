@@ -108,7 +108,7 @@ def experiment(name: str, kind: AttentionSpec) -> Experiment:
 
 
 def short(config: ConfigDict) -> None:
-    """Where models begin: an eighth of the length, at which there is little to overlook."""
+    """Returns the first stage's length: an eighth, at which there is little to overlook."""
     config.model.context = LENGTH // 8
     config.data.update(recall_tokens=LENGTH // 8 - 2, limit_documents=15_000, recall_seed=1)
     config.train.update(length=LENGTH // 8, batch_size=32, steps=250)

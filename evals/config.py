@@ -80,7 +80,7 @@ class BenchConfig(Rows, Weights, Form):
 
 @dataclasses.dataclass(frozen=True)
 class RecallConfig(Rows):
-    """What `python -m evals.recall` asks a model trained on data.source=recall."""
+    """The questions that `python -m evals.recall` asks a model trained on data.source=recall."""
 
     lengths: tuple[int, ...] = setting(
         (1024, 2048, 4096, 8192, 16384), "tokens of a text with its question and answer", low=1

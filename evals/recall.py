@@ -1,4 +1,4 @@
-"""Which values a model still finds, by length and depth: associative recall of many keys.
+"""Associative recall of many keys: the share of values that a model finds, by length and depth.
 
     python -m evals.recall --config=configs/long_context_lab.py:full
 

@@ -45,7 +45,7 @@ DRAWN = [field for field in dataclasses.fields(Sampling) if field.name not in ("
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig(Rows, Sampling, Weights, Form):
-    """What `python -m infer.decode` continues, and how."""
+    """Settings of `python -m infer.decode`: the prompts, and how to continue them."""
 
     EXCLUSIVE = (
         *Form.EXCLUSIVE,
@@ -106,7 +106,7 @@ class DecodeConfig(Rows, Sampling, Weights, Form):
 
 @dataclasses.dataclass(frozen=True)
 class ScoreConfig(Rows, Weights, Form):
-    """What `python -m infer.score` reads."""
+    """Settings of `python -m infer.score`."""
 
     NEEDS = (*Form.NEEDS, *Weights.NEEDS)
 

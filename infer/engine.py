@@ -60,7 +60,7 @@ def chunk_for(tokens: int, longest: int) -> int:
 
 
 def _end(until_BT: np.ndarray, start: int, chunk: int) -> int:
-    """Where the longest chunk from `start` on ends such that no token in it looks beyond it."""
+    """Returns the end of the longest chunk from `start` in which no token looks beyond it."""
     seen_T = np.maximum.accumulate(until_BT[:, start : start + chunk].max(axis=0))
     whole_T = np.flatnonzero(seen_T < start + 1 + np.arange(chunk))
     if not whole_T.size:
@@ -302,7 +302,7 @@ class Engine:
 
 
 def ahead(advance: Callable, state: Any, stopped_B: np.ndarray) -> Iterator[tuple]:
-    """What each `state, (finished, *out) = advance(state, stopped_B)` puts out, in NumPy.
+    """Yields `out` of each `state, (finished, *out) = advance(state, stopped_B)`, in NumPy.
 
     The next call is under way while the caller looks at it.
     """

@@ -29,7 +29,7 @@ from model.transformer import Transformer
 
 
 class Found(NamedTuple):
-    """What a bundle tells before its weights are read."""
+    """The properties of a bundle, known before its weights are read."""
 
     path: Path
     step: int
@@ -114,7 +114,7 @@ def held(model: Transformer, form: Rounding | None = None) -> Transformer:
 
 
 def shapes(config: ModelConfig, rules: Rules, form: Rounding | None = None) -> Transformer:
-    """What is held, with shapes in place of arrays."""
+    """The model with shapes in place of arrays."""
     model = transformer.abstract(config, rules)
     if form is None:
         return in_compute_dtype(model, config)

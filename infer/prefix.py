@@ -187,7 +187,7 @@ def _common(a_T: np.ndarray, b_T: np.ndarray) -> int:
 
 
 def batch_dims(engine: Engine) -> Any:
-    """Which dim of each array of a state is the batch: the one that grows with it."""
+    """Returns the batch dim of each array of a state: the one that grows with the batch."""
     shards, chunk = engine.model.rules.size("batch"), engine.plan.chunk
     one, two = (engine.resized(n * shards, chunk).abstract() for n in (1, 2))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Programs:
-    """What has been compiled so far, by key, and the seconds that it took."""
+    """The compiled programs, by key, and the seconds that their compilation took."""
 
     def __init__(self):
         self.compiled: dict[Hashable, Any] = {}

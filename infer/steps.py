@@ -56,7 +56,7 @@ class Chunk(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What a call of the decode loop gives: tokens, -1 where a row had ended before, and the
+    """Results of a call of the decode loop: tokens, -1 where a row had ended before, and the
     model's own log-probabilities of them and of the likeliest.
     """
 
@@ -218,7 +218,7 @@ def is_end(token: jax.Array, eos: tuple[int, ...]) -> jax.Array:
 
 
 def counted(counts: Counts | None, token_B: jax.Array, active_B: jax.Array) -> Counts | None:
-    """With one token more in the output of each active row."""
+    """Returns the counts with one token more in the output of each active row."""
     if counts is None:
         return None
     hit_BV = jnp.arange(counts.output_BV.shape[1])[None, :] == token_B[:, None]

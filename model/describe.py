@@ -1,4 +1,4 @@
-"""What a model weighs and costs, by arithmetic: parameters, memory, FLOPs, cache.
+"""Describes a model by arithmetic alone: parameters, memory, FLOPs, cache.
 
     python -m model.describe --config=configs/llama3_8b.py --batches=1,8
     python -m model.describe --bundle=runs/quickstart --contexts=4096,65536 --json

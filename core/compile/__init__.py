@@ -1,1 +1,1 @@
-"""What a compiled program costs: FLOPs, bytes, memory; chips and their networks."""
+"""The cost of compiled programs: FLOPs, bytes, memory; chips and their networks."""

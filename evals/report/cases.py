@@ -1,4 +1,4 @@
-"""What a report compares: the model as it is, and variants of it, each a line of a list.
+"""The cases that a report compares: the model as it is, and variants of it, each a line of a list.
 
 for case in of(model, Form(), ("int8",)): case.name  # "sliding", "sliding, int8", "full"
 """

@@ -1,4 +1,4 @@
-"""What a row will take, from shapes alone, before anything is compiled or allocated.
+"""Predicts a row's time and memory from shapes alone, before anything is compiled or allocated.
 
     need = memory(case, plan)
     need.total <= capacity()
@@ -37,7 +37,7 @@ class Memory(NamedTuple):
 
 
 def memory(case: Case, plan: Plan) -> Memory:
-    """What an engine of this plan holds."""
+    """Predicts the bytes that an engine of this plan holds."""
     planned = create(case, plan.batch, plan.length)
     return Memory(device_bytes(case.model), cache_bytes(planned), working_set(case.model, plan))
 

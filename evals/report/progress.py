@@ -1,4 +1,4 @@
-"""What runs and how long it will take, on stderr: a bar on a terminal, else a line a step."""
+"""Progress on stderr, with the time left: a bar on a terminal, else a line a step."""
 
 import contextlib
 import sys

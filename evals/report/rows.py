@@ -150,7 +150,7 @@ def roofline_seconds(flops: float, num_bytes: float, peaks: Peaks) -> float:
 
 
 def costs(price: float, batch: int, step: float, tokens: int, prefill: float) -> dict[str, Any]:
-    """Of 1,000 tokens, in the unit of the price an hour (of all devices); None without one."""
+    """Costs of 1,000 tokens in the unit of the price an hour of all devices; None without one."""
     if not price:
         return {"cost_per_1k_tokens": None, "cost_per_1k_prefill_tokens": None}
     second = price / 3600

@@ -29,7 +29,7 @@ from model.transformer import Transformer
 
 
 class Source(NamedTuple):
-    """Where weights come from, before they are there. `depends`: what tells them from others."""
+    """The source of weights that are not read yet. `depends` tells them from others."""
 
     found: Found | None
     model: Transformer  # shapes, of weights as they are held

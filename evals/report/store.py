@@ -1,4 +1,4 @@
-"""What a sweep has measured so far, a JSON line each: an interrupted one goes on from there.
+"""A cache of results in a JSON-lines file: an interrupted sweep goes on from there.
 
     store = Store(folder / "rows.jsonl", {"device": "cpu", ...})
     of = {"what": "speed", "context": 4096}
@@ -69,7 +69,7 @@ def is_ours(content: bytes) -> bool:
 
 
 def fingerprint(path: Path) -> str:
-    """Of a file: its name, size and time of writing."""
+    """Returns a file's fingerprint: its name, size and time of writing."""
     stat = path.stat()
     text = json.dumps([str(path.absolute()), stat.st_size, stat.st_mtime_ns])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -36,7 +36,7 @@ class Task(NamedTuple):
 
 
 def contexts(config: BenchConfig, model: ModelConfig) -> list[int]:
-    """Those asked for, or powers of 2 from 1024 up to the model's context, itself if shorter."""
+    """Returns the contexts asked for, or powers of 2 from 1024 to the model's; that one if shorter."""
     if config.contexts:
         return sorted(config.contexts)
     longest = LONGEST if config.beyond and not model.learned_positions else model.context
@@ -76,7 +76,7 @@ def speeds(planned: Sequence[Row], config: BenchConfig, best: Peaks) -> list[Tas
 
 
 def case_of(case: Case) -> dict[str, Any]:
-    """What a result depends on of its case."""
+    """Returns the properties of a case that its results depend on."""
     return {"attention": case.attention, "kv": case.kv, "model": to_dict(case.model.config)}
 
 
@@ -89,7 +89,7 @@ def seconds(row: Row, config: BenchConfig, best: Peaks) -> float:
 
 
 def speed(row: Row, config: BenchConfig, best: Peaks) -> dict[str, Any]:
-    """What a row measured, or why it could not be."""
+    """Measures a row, or tells why it could not be measured."""
     try:
         found = measure.measure(row.case, row.context, config)
     except jax.errors.JaxRuntimeError as error:
@@ -124,7 +124,7 @@ def result(row: Row, config: BenchConfig, found: dict[str, Any] | None) -> dict[
 
 
 def depends(experiment, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """What all results depend on."""
+    """Returns the properties that all results depend on."""
     device = jax.devices()[0]
     return {
         "format": 1,

@@ -37,7 +37,7 @@ ATTENTION = "/attention/shard_map/"  # in the op_name of all that attention does
 
 
 class Programs(NamedTuple):
-    """As the compiler answered. `step` is one token without the loop around: its work counts."""
+    """The compiler's answers. `step` is one token without the loop around it, for counting work."""
 
     extend: aot.Compiled
     advance: aot.Compiled

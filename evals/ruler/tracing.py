@@ -72,7 +72,7 @@ class _Chain:
         return TEXT.format(context=context, value=self.value), tuple(depths)
 
     def whole(self, count: int) -> str:
-        """With the answer."""
+        """Returns the text with its answer."""
         return self.text(count)[0] + self.prefix + self.answer
 
 

@@ -1,4 +1,4 @@
-"""What prompts are made of: RULER's noise, keys and values by chance, our own words and filler.
+"""The stuff of prompts: RULER's noise, random keys and values, our own words and filler.
 
 words.number(random.Random(0))  # "7380628"
 words.key(random.Random(0))     # "golden-lantern"

@@ -174,7 +174,7 @@ def _choose(
 
 
 def _counts(token_GX: jax.Array, eos: tuple[int, ...], beams: int) -> jax.Array:
-    """Which ways to go on may finish: an end among the `beams` best, and at the limit the
+    """The continuations that may finish: an end among the `beams` best, and at the limit the
     `beams` best that are no end.
     """
     is_end_GX = steps.is_end(token_GX, eos)

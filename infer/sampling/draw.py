@@ -30,7 +30,7 @@ LOWEST, HIGHEST = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
 
 
 class Counts(NamedTuple):
-    """What penalties look at; 5 bytes a row and token of the vocabulary."""
+    """The counts that penalties read; 5 bytes a row and token of the vocabulary."""
 
     prompt_BV: jax.Array  # bool, the prompt holds the token
     output_BV: jax.Array  # int32, times that the output holds it

@@ -78,7 +78,7 @@ class Penalties(NamedTuple):
 
 
 class Bias(NamedTuple):
-    """What is added to single logits: -inf for banned tokens."""
+    """The numbers added to single logits: -inf for banned tokens."""
 
     tokens_BJ: Any  # int32, filled up with NO_ID
     values_BJ: Any  # float32

@@ -167,7 +167,7 @@ def _drawn(
     tokens_BT: jax.Array,
     static: dict[str, Any],
 ) -> Made:
-    """What is drawn after each of `tokens`, all [B, T, ...]: the next in a text that has them."""
+    """Draws the token after each of `tokens`, all [B, T, ...]: the next in a text that has them."""
     rules = model.rules
     logits_BTV = jax.sharding.reshard(model.logits(hidden_BTD), rules("batch", None, None))
     each_1T = jnp.arange(tokens_BT.shape[1])[None]
@@ -263,7 +263,7 @@ class Speculator:
     def of(
         cls, config: DecodeConfig, reader: Reader, draft: Transformer | None = None
     ) -> "Speculator":
-        """As the `decode` section says, for the prompts of `reader`."""
+        """Builds what the `decode` section asks for, for the prompts of `reader`."""
         engine, of_draft = reader.engine, None
         if draft is not None:
             small = Engine(draft, engine.plan, form=engine.form, programs=engine.programs)
@@ -281,7 +281,7 @@ class Speculator:
         prompts: Sequence[np.ndarray],
         cache: KVCache | None,
     ) -> Iterator[Made]:
-        """As `Engine.decode`, with -1 where a row has no token; `cache` is what `read` gave."""
+        """Decodes as `Engine.decode`, with -1 where a row has no token; `cache` is from `read`."""
         engine, tokens_BS = self.engine, None
         if cache is None:
             tokens_BS = np.full((engine.plan.batch, engine.plan.length), -1, np.int32)

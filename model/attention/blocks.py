@@ -1,4 +1,4 @@
-"""What kernels and strategies share: a kernel with its mask, and how parts add up.
+"""A kernel with its mask, and the sum of partial softmaxes: shared by kernels and strategies.
 
 out, lse = merge((out_a, lse_a), (out_b, lse_b))      attention over the keys of both parts
 """

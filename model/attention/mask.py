@@ -20,7 +20,7 @@ FAR = jnp.iinfo(jnp.int32).max
 
 
 class Positions(NamedTuple):
-    """Where tokens stand, int32 [B, T] each.
+    """The positions of tokens, int32 [B, T] each.
 
     Positions count from 0 inside each document. Segments tell the documents of a row apart; segment
     0 is padding, or an empty slot of a cache: it sees nothing and nothing sees it. A query sees no
@@ -52,7 +52,7 @@ class Edge(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """What is known of a block of tokens without looking at each of them."""
+    """The two ends of a block of tokens: enough to decide about the block without its tokens."""
 
     low: Edge
     high: Edge
@@ -77,7 +77,7 @@ def bounds_of_rows(pos_BT: Positions) -> Bounds:
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """What a query may see of its own document. Distances count from the query back."""
+    """The keys of its own document that a query may see. Distances count from the query back."""
 
     causal: ClassVar[bool] = True  # no key beyond the query's `until`
 

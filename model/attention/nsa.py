@@ -31,7 +31,7 @@ class Compressor(NamedTuple):
 
     @property
     def weight_CH(self) -> jax.Array:
-        """Of each token of a block, in the sum."""
+        """The weight of each token of a block in the sum."""
         return (1 + self.place_CH.astype(jnp.float32)) / len(self.place_CH)
 
     def __call__(
@@ -41,7 +41,7 @@ class Compressor(NamedTuple):
         return self.finish(select.pooled(x_BTKH, at, of, self.weight_CH, axes), x_BTKH.dtype)
 
     def finish(self, p_BZKH: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """What the sums [B, Z, K, H] of blocks become."""
+        """Returns compressed tokens from the sums [B, Z, K, H] of blocks."""
         in_HF, out_FH = (w.astype(jnp.float32) for w in (self.in_HF, self.out_FH))
         return (p_BZKH + jax.nn.gelu(p_BZKH @ in_HF) @ out_FH).astype(dtype)
 

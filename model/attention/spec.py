@@ -24,7 +24,7 @@ from model.ops.rope import Rope
 
 
 class Heads(NamedTuple):
-    """What differs from head to head; None where the spec does not ask for it."""
+    """The parameters of single heads; None where the spec does not ask for them."""
 
     sink_N: jax.Array | None = None  # float32, learned logit of a key of value zero (gpt-oss)
     slope_N: jax.Array | None = None  # float32, ALiBi: score - slope * distance
@@ -125,7 +125,7 @@ class AttentionSpec(Section):
 
     @property
     def mask(self) -> Mask:
-        """What may be seen at all: a query's choice, where it has one, is made from that."""
+        """The keys that may be seen at all: kinds that choose blocks choose from them."""
         mask = MASKS[self.kind]
         return mask(**{f.name: getattr(self, f.name) for f in dataclasses.fields(mask)})
 

@@ -53,7 +53,7 @@ class Cached(NamedTuple):
 def ended(
     cached: Cached, size: int, step: int, xs_BTKH: tuple[jax.Array, ...], weights_CH
 ) -> tuple[Positions, list[jax.Array]]:
-    """Where [B, E] the blocks are that end among the new tokens, and sums [B, E, K, H] of each x.
+    """Returns the blocks [B, E] that end among the new tokens, and sums [B, E, K, H] of each x.
 
     `xs` are new keys, or keys and values; what they lack of a block is stored already. The sums
     are weighted as `select.pooled` does. Blocks that do not end now have segment 0.
@@ -172,7 +172,7 @@ def see_ranges(
 
 
 def moba_scores(q_BTNH, cached: Cached, new_BEKH: jax.Array, new_at: Positions) -> jax.Array:
-    """What each query head thinks of each block of its text, float32 [B, T, N, Y]."""
+    """Scores each block of the text for each query head, float32 [B, T, N, Y]."""
     own_BTNZ, number_BZ, Y = _products(q_BTNH, cached)
     new_BTNE = _times(q_BTNH, new_BEKH.astype(jnp.float32))
     scores_BTNY = _spread(own_BTNZ, number_BZ, Y)
@@ -227,7 +227,7 @@ def _times(q_BTNH: jax.Array, k_BZKH: jax.Array) -> jax.Array:
 
 
 def _numbers(at: Positions) -> jax.Array:
-    """Which blocks these are, -1 for none."""
+    """Returns the numbers of these blocks, -1 for none."""
     return jnp.where(at.segments_BT > 0, at.positions_BT, -1)
 
 

@@ -23,7 +23,7 @@ FEW = 8  # queries at a time, for which the scores of all keys fit beside these
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pages:
-    """Of each page of neighbouring slots, the lowest and highest number of a key's channel."""
+    """Bounds of each page of neighbouring slots: the lowest and highest number of a key channel."""
 
     low_LBKZH: jax.Array  # the highest number there is where nothing is stored
     high_LBKZH: jax.Array  # the lowest
@@ -31,7 +31,7 @@ class Pages:
     count: int = dataclasses.field(metadata=dict(static=True))  # pages that a shard reads
 
     def add(self, k_LBTKH: jax.Array, index_BT: jax.Array) -> "Pages":
-        """With these keys, in slots `index`; those beyond the pages are dropped."""
+        """Returns pages with these keys, in slots `index`; keys beyond the pages are dropped."""
         L, B, K, _, _ = self.low_LBKZH.shape
         layer, row, _, head = jnp.ogrid[:L, :B, :1, :K]
         place = layer, row, head, (index_BT // self.page)[None, :, :, None]
@@ -70,7 +70,7 @@ class Stored(NamedTuple):
 
 
 class New(NamedTuple):
-    """What one layer adds to its cache, [B, T, K, H]; stacked once all layers are run."""
+    """The keys and values that one layer adds, [B, T, K, H]; stacked once all layers have run."""
 
     k_BTKH: jax.Array
     v_BTKH: jax.Array
@@ -90,7 +90,7 @@ class Shard(NamedTuple):
 
     @staticmethod
     def here(rules: Rules) -> "Shard":
-        """That of this device, inside shard_map."""
+        """Returns the shard of this device, inside shard_map."""
         axes = rules.axes("kv_length")
         return Shard(jax.lax.axis_index(axes) if axes else 0, rules.size("kv_length"))
 

@@ -94,7 +94,7 @@ class Slot:
 
     @property
     def token_bytes(self) -> int:
-        """Of the keys and values of one token, over layers and heads."""
+        """Bytes of the keys and values of one token, over layers and heads."""
         kept = self.k_LBKSH, self.v_LBKSH
         return sum(tree.num_bytes(x) // (x.shape[1] * x.shape[3]) for x in kept)
 
@@ -108,7 +108,7 @@ class KVCache:
     seen_B: jax.Array  # int32
 
     def stored(self, slot: int, layer: jax.Array, fetched: Fetched = None) -> Stored:
-        """What layer `layer` of `slot` may read; `fetched` is what `fetch` gave for it."""
+        """Returns the view of a layer of `slot`; `fetched` is the result of `fetch` for it."""
 
         def stored(slot: Slot) -> Stored:
             of_blocks = None if slot.blocks is None else stored(slot.blocks)
@@ -192,7 +192,7 @@ def deal(x_BT: jax.Array, start: jax.Array, rules: Rules) -> jax.Array:
 
 
 def collect(x_BT: jax.Array, start: jax.Array, rules: Rules) -> jax.Array:
-    """What `deal` gave, on every device and in the order of the rows."""
+    """Undoes `deal`: returns the tokens on every device, in the order of the rows."""
     B, T = x_BT.shape
     P = rules.size("length")
     x_BT = jax.sharding.reshard(x_BT, rules("batch", None))

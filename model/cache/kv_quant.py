@@ -33,7 +33,7 @@ class Quantised:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the vectors."""
+        """The shape of the vectors."""
         return *self.x.shape[:-1], self.x.shape[-1] * 8 // self.bits
 
 

@@ -235,7 +235,7 @@ class Attributes:
                 )
 
     def choice(self, name: str, choices: Mapping[Any, Any]) -> Any:
-        """What `choices` has for the attribute; UserError names those there are."""
+        """Returns the choice for the attribute; UserError names the choices there are."""
         if self[name] not in choices:
             there = ", ".join(map(repr, choices))
             raise self.refused(name, f"is not supported; these are: {there}")

@@ -1,4 +1,4 @@
-"""What LLaMA's relatives and Gemma share: sizes, layer types, and the names of tensors."""
+"""Shared by LLaMA's relatives and Gemma: sizes, layer types, and the names of tensors."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any

@@ -225,7 +225,7 @@ def context(rope: Rope, context: int) -> int:
 
 
 def write(rope: Rope | None) -> dict[str, Any]:
-    """What every version reads: rope_theta, rope_scaling, and the context if it is another."""
+    """Returns fields that every version reads: rope_theta, rope_scaling, and another context."""
     if rope is None:
         return {}
     found = {"rope_theta": rope.base, "rope_scaling": scaling(rope)}

@@ -30,7 +30,7 @@ METADATA = "__metadata__"
 
 
 class Entry(NamedTuple):
-    """Where a tensor is. `code` may be a dtype that we do not read."""
+    """The place of a tensor in its file. `code` may be a dtype that we do not read."""
 
     path: Path
     name: str

@@ -62,7 +62,7 @@ class Attention(nnx.Module):
     def _qkv(
         self, x_BTD: jax.Array, cos_sin: tuple[jax.Array, jax.Array] | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What kernels take: normalised, turned, scaled, a kv head or more on each shard."""
+        """Returns q, k, v for kernels: normalised, rotated, scaled, a kv head or more on each shard."""
         config, rules = self.config, self.rules
         q_BTNH = add(project("BTD,DNH->BTNH", x_BTD, self.q_DNH[...]), self.q_bias_NH)
         k_BTKH = add(project("BTD,DKH->BTKH", x_BTD, self.k_DKH[...]), self.k_bias_KH)
@@ -114,7 +114,7 @@ class Attention(nnx.Module):
 
 
 class Branches(nnx.Module):
-    """What native sparse attention (attention/nsa.py) learns: gates, and how K and V compress."""
+    """Gates and compressors of K and V: the parameters of native sparse attention (nsa.py)."""
 
     def __init__(self, make: Maker, spec: AttentionSpec):
         self.config, self.rules, self.spec = make.config, make.rules, spec

@@ -58,5 +58,5 @@ def _together(x: jax.Array, *weights: jax.Array | None) -> tuple[jax.Array | Non
 
 
 def halves(w: jax.Array, parts: int) -> tuple[jax.Array, ...]:
-    """Of int8 the numbers of 4 bits in its low halves and those in its high ones, or itself."""
+    """Splits int8 into the 4-bit numbers of its low and of its high halves; or returns it whole."""
     return (w,) if parts == 1 else ((w << 4) >> 4, w >> 4)

@@ -72,7 +72,7 @@ class Table:
 
 
 def quantise(w: jax.Array, inputs: int, form: Rounding, layers: bool = False) -> Quantised:
-    """Of w [*inputs, *outputs], with so many dims of inputs, or [L, *inputs, *outputs]."""
+    """Quantises w [*inputs, *outputs], with so many dims of inputs, or [L, *inputs, *outputs]."""
     stack, shape = w.shape[:layers], w.shape[layers:]
     spec = jax.typeof(w).sharding.spec
     ins, outs = spec[layers : layers + inputs], spec[layers + inputs :]
@@ -93,7 +93,7 @@ def quantise(w: jax.Array, inputs: int, form: Rounding, layers: bool = False) ->
 
 
 def quantise_table(w_VD: jax.Array) -> Table:
-    """Of the rows of a table, int8."""
+    """Quantises the rows of a table to int8."""
     return Table(*_rounded(w_VD.astype(jnp.float32), -1, Rounding(8)))
 
 

@@ -75,7 +75,7 @@ class Rope(Section):
 
     @property
     def magnitude(self) -> float:
-        """What cos and sin are multiplied by; of both papers, section 3."""
+        """The factor of cos and sin; section 3 of both papers."""
         if self.attention_factor:
             return self.attention_factor
         if self.scaling == "yarn":

@@ -95,13 +95,13 @@ def token_bytes(config: ModelConfig, form: Format) -> int:
 
 
 def state_bytes(config: ModelConfig) -> State:
-    """Of AdamW: gradient and moments have the dtype of the parameter."""
+    """Bytes of AdamW's state: gradient and moments have the dtype of the parameter."""
     stored = tree.num_bytes(parts.shapes(config))
     return State(stored, stored, MOMENTS * stored)
 
 
 def kept_bytes(config: ModelConfig, remat: Remat) -> Kept:
-    """What differentiation asks to keep, read from the program itself; XLA may keep less.
+    """Bytes that differentiation asks to keep, read from the program itself; XLA may keep less.
 
     Of the layers and the final norm: the loss, and what a layer's backward works on, come on top.
     """

@@ -1,4 +1,4 @@
-"""Which weights of a model are rounded to int8 or int4 for decoding, and how.
+"""The plan of weights that are rounded to int8 or int4 for decoding.
 
     form = rounding(config, rules, "int4", group=None)   # Rounding(bits=4, group=128)
 
@@ -63,7 +63,7 @@ def rounding(config: ModelConfig, rules: Rules, kind: Kind, group: int | None) -
 
 
 def text(form: Rounding | None) -> str:
-    """What a line that tells of the model goes on with: `, int4 weights in groups of 32`."""
+    """Returns the end of a line about the model: `, int4 weights in groups of 32`."""
     if form is None:
         return ""
     return f", int{form.bits} weights" + f" in groups of {form.group}" * (form.group > 0)

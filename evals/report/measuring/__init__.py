@@ -1,1 +1,1 @@
-"""What the report measures: seconds, memory, quality."""
+"""Measurements for the report: seconds, memory, quality."""

@@ -1,4 +1,4 @@
-"""What this device reaches at its best, on the spot: a copy and a matrix product, in turns."""
+"""Measures the most that this device reaches: a copy and a matrix product, in turns."""
 
 import functools
 import time
@@ -26,12 +26,12 @@ class Peaks(NamedTuple):
 
     @property
     def mfu_flops(self) -> float:
-        """What MFU is a share of: the page's figure, or the one measured."""
+        """FLOP/s that MFU is a share of: the data sheet's figure, or the measured one."""
         return self.sheet_flops or self.flops
 
     @property
     def mbu_bandwidth(self) -> float:
-        """What MBU is a share of."""
+        """Bytes/s that MBU is a share of."""
         return self.sheet_bandwidth or self.bandwidth
 
 
@@ -83,5 +83,5 @@ def measure(dtype: jnp.dtype) -> Peaks:
 
 
 def num_devices() -> int:
-    """Of the mesh in use."""
+    """The number of devices of the mesh in use."""
     return jax.sharding.get_mesh().size

@@ -1,4 +1,4 @@
-"""What a model does with its context, through the cache: prefill in chunks, then greedy decoding.
+"""Measures how a model uses its context, through the cache: chunked prefill, then greedy decoding.
 
     material = read(experiment, tokenizer)  # texts, kinds, questions; UserErrors come here
     by_position(engine_score, rows)         # loss in nats by position
@@ -35,7 +35,7 @@ Score = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class Material:
-    """What the model reads. `tokens` are of documents one after the other, from `starts` on."""
+    """The text that the model reads: `tokens` of documents in a row, which begin at `starts`."""
 
     tokenizer: Tokenizer | None
     tokens: Any  # sliced like an array; None without texts

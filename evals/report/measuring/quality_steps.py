@@ -24,7 +24,7 @@ Run = Callable[[Engine], Any]
 
 
 def plan(row: Row, config: BenchConfig, available: int | None) -> Plan:
-    """As many rows as fit, of the length that the context is: what is decoded is part of it."""
+    """Plans as many rows as fit, each as long as the context, decoded tokens included."""
     size = BATCH
     while True:
         shapes = Plan.of(size, row.context, 0, config.prefill_chunk)
@@ -42,7 +42,7 @@ class Engines:
         self._name, self._engine = "", None
 
     def of(self, row: Row) -> Engine:
-        """With the end tokens of the tokenizer."""
+        """Builds the engine with the end tokens of the tokenizer."""
         if self._name != row.name:
             self._engine = None  # before the next is made
             shapes = plan(row, self._config, self._available)

@@ -24,13 +24,13 @@ MOST_TICKS = 11
 
 
 class Look(NamedTuple):
-    """Of a line: a colour and a marker for each case, dashes for each report."""
+    """The look of a line: a colour and a marker for each case, dashes for each report."""
 
     case: int
     report: int = 0
 
     def style(self, floor: bool = False, small: bool = False) -> dict[str, Any]:
-        """What matplotlib takes; a floor is dotted and has no marker."""
+        """Returns matplotlib's arguments; a floor is dotted and has no marker."""
         # Beyond the palette, dashes tell cases apart too.
         dashes = DASHES[(self.report + self.case // len(PALETTE)) % len(DASHES)]
         style = dict(color=PALETTE[self.case % len(PALETTE)], linewidth=2, linestyle=dashes)

@@ -126,7 +126,7 @@ def _parts(one: Series) -> list[tuple[float, float]]:
 
 
 def cost(series: Sequence[Series]) -> Figure | None:
-    """Of 1,000 tokens, read and made."""
+    """Draws the costs of 1,000 tokens, read and made."""
     if not any(one.points("cost_per_1k_tokens") for one in series):
         return None
     figure, panels = figures.panels(2)

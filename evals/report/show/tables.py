@@ -110,12 +110,12 @@ def cells(columns: Mapping[str, Column], row: Row) -> list[str]:
 
 
 def used(columns: Mapping[str, Column], table: Sequence[Row]) -> dict[str, Column]:
-    """Those that have something to show."""
+    """Returns the columns that have something to show."""
     return {head: show for head, show in columns.items() if any(map(show, table))}
 
 
 def terminal(report: Mapping[str, Any]) -> Table:
-    """What a terminal of 80 columns can show of the rows."""
+    """Returns the rows as a table for a terminal of 80 columns."""
     table = report["rows"]
     columns = used(SHORT, [row for row in table if row["fits"]])
     if len({row["kv"] for row in table}) == 1:
@@ -151,7 +151,7 @@ def markdown(columns: Mapping[str, Column], table: Sequence[Row]) -> list[str]:
 
 
 def title(report: Mapping[str, Any]) -> str:
-    """What was measured, on what."""
+    """Returns the title: the model and the devices."""
     model = report["model"]
     layers, pattern = model["num_layers"], model["pattern"]
     windows = [pattern[i % len(pattern)]["window"] for i in range(layers)]

@@ -181,7 +181,7 @@ class Call(NamedTuple):
         return max(MEMORY, needed)
 
     def cost(self, body: Callable, arrays: dict[str, jax.Array]) -> pl.CostEstimate:
-        """As if every pair had a whole block, and each tile met one block."""
+        """Estimates the cost as if every pair had a whole block, and each tile met one block."""
         Y, R, H = arrays["q_RH"].shape
         keys = self.Z * ALIGN
         moved = {"RH": R * H, "1R": R, "ZAH": keys * H, "J8E": keys * SUBLANES}

@@ -37,7 +37,7 @@ PRODUCTS = {"forward": 2, "backward": 5}  # of a step
 
 
 class How(NamedTuple):
-    """What is fixed when the kernel is made."""
+    """The parameters that are fixed when the kernel is made."""
 
     scale: float
     softcap: float

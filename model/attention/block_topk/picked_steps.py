@@ -19,7 +19,7 @@ RUNS = 256  # blocks of keys at a time
 
 
 class Steps(NamedTuple):
-    """What each step takes, W + 1 entries; step w has the pairs begin_W[w] .. begin_W[w + 1].
+    """The work of each step, W + 1 entries; step w has the pairs begin_W[w] .. begin_W[w + 1].
 
     A step begins with each tile of pairs, and where those of a block end. Pairs that fill the last
     tile have no keys; their step stays at those before it.
@@ -42,7 +42,7 @@ class Met(NamedTuple):
 
     @staticmethod
     def of(pairs: Run, keys: Run, start_Z: jax.Array) -> "Met":
-        """Of the blocks that begin with these keys; S is no block."""
+        """Builds the schedule of the blocks that begin with these keys; S is no block."""
         low_Z = jnp.minimum(start_Z, keys.end.size - 1)
         segment_Z, block_Z = keys.segments[low_Z], keys.blocks[low_Z]
         first_Z = jnp.minimum(pairs.first(segment_Z, block_Z), pairs.end.size - 1)
@@ -53,12 +53,12 @@ class Met(NamedTuple):
         return Met(first_Z, end_Z - count_Z, end_Z, low_Z, keys.end[low_Z])
 
     def places(self, here_P: jax.Array) -> jax.Array:
-        """Where the pairs with these numbers are in the lane; both orders are one."""
+        """Returns the places of the pairs with these numbers in the lane; both orders are one."""
         is_before_PZ = self.begin_Z[None] <= here_P[:, None]
         return here_P + jnp.where(is_before_PZ, (self.first_Z - self.begin_Z)[None], 0).max(1)
 
     def steps(self, start: jax.Array, size: int, tile: int) -> Steps:
-        """Of the pairs start .. start + size; `tile` divides both."""
+        """Returns the steps of the pairs start .. start + size; `tile` divides both."""
         tile_Y = start + tile * jnp.arange(size // tile, dtype=jnp.int32)
         is_met_Z = self.begin_Z < self.end_Z
         is_step_Z = is_met_Z & (start < self.end_Z) & (self.end_Z < start + size)
@@ -79,7 +79,7 @@ class Met(NamedTuple):
 
 
 def starts(keys: Run) -> jax.Array:
-    """Where the blocks of keys begin, in order, then S; int32 as the runs, [..., S]."""
+    """Returns the starts of the blocks of keys, in order, then S; int32 as the runs, [..., S]."""
     S = keys.end.shape[-1]
     here = jax.lax.broadcasted_iota(jnp.int32, keys.end.shape, keys.end.ndim - 1)
     before = jnp.roll(keys.end, 1, axis=-1)  # the last key's end is S, and so no start

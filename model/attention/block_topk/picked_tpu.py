@@ -34,7 +34,7 @@ PART_FLOATS = 2**24  # of the results of one part: 64 MiB
 
 
 class PickedTpu(NamedTuple):
-    """As `Picked`. Of `pair` it takes the scores, not the kernel."""
+    """The same as `Picked` on TPUs. It takes the scores of `pair`, not its kernel."""
 
     pair: Pair
     block: int
@@ -149,7 +149,7 @@ class _Lane:
         return picked_steps.each_part(self.pairs, keys, start_S, work.size, work.tile, see, carry)
 
     def call(self, body: Callable, queries_P, steps: Steps, arrays_TG, totals=()):
-        """What `body` gives for each pair, [P, G, ...], and the totals; `arrays` are of queries."""
+        """Runs `body`: results for each pair, [P, G, ...], and totals; `arrays` are of queries."""
         work, how = self.work, self.work.call.how
         rows, G = how.pairs * how.heads, how.heads
 

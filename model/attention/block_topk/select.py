@@ -43,7 +43,7 @@ class Slots(NamedTuple):
 
     @property
     def ends_at(self) -> Positions:
-        """Where the last token of each block is: from there on it is seen."""
+        """Positions of the last token of each block: later tokens see the block."""
         return Positions(self.number_BZ * self.step + self.size - 1, self.segments_BZ)
 
 

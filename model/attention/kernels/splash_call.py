@@ -81,7 +81,7 @@ class Call(NamedTuple):
         return pallas.call("tpu", run, count, tiles_BW.reshape(-1), slope_N, *arrays.values())
 
     def cost(self, body, arrays, results, B: int, T: int, S: int) -> pl.CostEstimate:
-        """As if every tile were visited; core/compile/hlo.py reads it."""
+        """Estimates the cost as if every tile were visited; core/compile/hlo.py reads it."""
         Y, Z = T // self.R, S // self.C
         sizes = {"R": self.R, "C": self.C, "H": self.H, "8": SUBLANES, "1": 1}
         blocks = [(name.split("_")[-1], x.dtype.itemsize) for name, x in arrays.items()]

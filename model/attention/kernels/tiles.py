@@ -1,4 +1,4 @@
-"""What the Pallas kernels share: which tiles count, and the scores of one.
+"""Shared by the Pallas kernels: the tiles that count, and the scores of one.
 
     seen_BYZ, whole_BYZ = met(mask, cut(q_at, R), cut(k_at, C))    # before the kernel, in XLA
     s_RC, tanh_RC = scores(how, s_RC, slope, q_at, k_at, masked)    # in the kernel
@@ -21,7 +21,7 @@ ROWS_BY_COLUMNS = ((1,), (0,)), ((), ())  # x_MK y_KN
 
 
 class How(NamedTuple):
-    """What is fixed when the kernel is made."""
+    """The parameters that are fixed when the kernel is made."""
 
     mask: Mask
     scale: float
@@ -82,7 +82,7 @@ def dot(x: jax.Array, y: jax.Array, dims) -> jax.Array:
 
 
 def slopes(slope_N: jax.Array | None, N: int) -> jax.Array:
-    """Those of ALiBi, or zeros that no kernel reads."""
+    """Returns ALiBi's slopes, or zeros that no kernel reads."""
     return jnp.zeros(N, jnp.float32) if slope_N is None else slope_N
 
 

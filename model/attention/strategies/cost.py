@@ -1,4 +1,4 @@
-"""What `mesh.strategy=auto` chooses by: predicted seconds of one layer, forward and backward.
+"""The cost model of `mesh.strategy=auto`: seconds of one layer, forward and backward.
 
 With c tokens a device on P devices, B rows, N query and K kv heads of width H, and `pairs` (query,
 key) that a device sees a head, at rates F FLOP/s (of which kernels reach EFFICIENCY) and L bytes/s

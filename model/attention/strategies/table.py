@@ -45,7 +45,7 @@ def _strategy(call: "Call") -> str:
 
 
 def _choose(call: "Call", shards: int) -> str:
-    """What strategy=auto means for this layer, logged; the ring where the chip is not known."""
+    """Chooses the strategy of `auto` for this layer and logs it; the ring on an unknown chip."""
     kind = device_kind()
     chip = hardware.chip(kind)
     found = cost.seconds(call.work(), chip) if chip else {"ring": 0.0}
@@ -58,7 +58,7 @@ def _choose(call: "Call", shards: int) -> str:
 
 
 class Call(NamedTuple):
-    """What a strategy is made from; shapes are those of whole arrays."""
+    """The properties of a call that a strategy is made from; shapes are those of whole arrays."""
 
     kernel: ModuleType
     spec: AttentionSpec
@@ -91,7 +91,7 @@ class Call(NamedTuple):
 
     @property
     def way(self) -> "Way":
-        """What the strategy that `rules` ask for, or that is chosen for them, does."""
+        """The strategy that `rules` ask for, or that is chosen for them, made for this call."""
         return STRATEGIES[_strategy(self)](self)
 
     @property

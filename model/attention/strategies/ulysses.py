@@ -35,7 +35,7 @@ def attention(
     q_at: Positions,
     k_at: Positions,
 ) -> Any:
-    """What `inner` gives [B, T, N, ...], over the tokens of each of the `groups` of `axes`."""
+    """Runs `inner`, [B, T, N, ...], over the tokens of each of the `groups` of `axes`."""
     how = dict(axis_name=axes, axis_index_groups=groups, tiled=True)
     degree = len(groups[0])
 

@@ -36,7 +36,7 @@ class Task(NamedTuple):
 
 
 def contexts(config: BenchConfig, model: ModelConfig) -> list[int]:
-    """Returns the contexts asked for, or powers of 2 from 1024 to the model's; that one if shorter."""
+    """Returns the contexts asked for, or powers of 2 from 1024 up to that of the model."""
     if config.contexts:
         return sorted(config.contexts)
     longest = LONGEST if config.beyond and not model.learned_positions else model.context

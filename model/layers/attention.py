@@ -62,7 +62,7 @@ class Attention(nnx.Module):
     def _qkv(
         self, x_BTD: jax.Array, cos_sin: tuple[jax.Array, jax.Array] | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns q, k, v for kernels: normalised, rotated, scaled, a kv head or more on each shard."""
+        """Returns q, k, v for kernels: normalised, rotated, scaled, kv heads on each shard."""
         config, rules = self.config, self.rules
         q_BTNH = add(project("BTD,DNH->BTNH", x_BTD, self.q_DNH[...]), self.q_bias_NH)
         k_BTKH = add(project("BTD,DKH->BTKH", x_BTD, self.k_DKH[...]), self.k_bias_KH)

@@ -138,7 +138,7 @@ class Tile(NamedTuple):
         return jax.lax.dynamic_update_slice_in_dim(x_SH, old_CH + new_CH, self.u, 0)
 
     def _places(self, x_TG: jax.Array) -> jax.Array:
-        """Returns rows to write to. A query chooses a block once, so all differ; filling goes nowhere."""
+        """Returns the rows to write to: all differ, as a query chooses a block once."""
         beyond_R = len(x_TG) + jnp.arange(self.queries_R.size, dtype=jnp.int32)
         return jnp.where(self.inside_R, self.queries_R, beyond_R)
 

@@ -2,7 +2,7 @@
 # make quickstart   the whole life of a small model on this machine, offline
 # make test         the suite on 8 simulated devices           make test-slow   the long proofs
 # make test-all     both, and all cases of products that they sample: about an hour
-# make lint         ruff                                       make bench       speed against peers
+# make lint         ruff, codespell                            make bench       speed against peers
 # make lab          tiny models that retrieve by key, measured to 16x: docs/long-context-lab.md
 # make aot-ladder   what an 8B model would need on TPU slices that are not there: docs/aot.md
 
@@ -41,6 +41,7 @@ test-all: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
 bench: setup
 	$(BIN)/python -m bench.train

@@ -78,7 +78,7 @@ setup(
         "gpu": ["jax[cuda13]"],
         "aot": TPU_COMPILER,
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.130", *TPU_COMPILER],
-        "dev": ["ruff>=0.14"],
+        "dev": ["ruff>=0.14", "codespell>=2.4"],
         "golden": ["torch>=2.13", "transformers>=5.23"],  # tests/golden/make.py
     },
 )

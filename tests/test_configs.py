@@ -58,8 +58,8 @@ def test_tiny_runs_the_whole_life(file, tmp_path, capsys):
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_full_size_is_valid_and_survives_json(file, tmp_path):
     spec = str(file)
-    if file.stem == "finetune":  # of a bundle, which it says
-        with pytest.raises(UserError, match="finetune.py:BUNDLE"):
+    if file.stem in ("bundle", "finetune"):  # which says that it needs one
+        with pytest.raises(UserError, match=f"{file.stem}.py:BUNDLE"):
             cli.load(spec)
         model = freeze(cli.load("configs/llama3_8b.py")).model
         checkpoint.create(tmp_path, to_json(Experiment("other", model=model)), None)

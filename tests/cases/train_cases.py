@@ -128,7 +128,7 @@ def config_file(experiment: Experiment, folder: Path, sections=SECTIONS) -> Path
 DRIVER = """
 import os, resource, signal, sys, time
 import jax
-from core import cli
+from core.command import cli
 from train import pretrain
 from train_cases import SECTIONS
 
@@ -147,7 +147,7 @@ cli.run(pretrain.main, pretrain.__doc__, **SECTIONS)
 def process(config: Path, body: str = "", **environment: str) -> subprocess.Popen:
     """A real process that trains; with `body` it runs these statements before each report."""
     how = ["-c", DRIVER.format(body=body)] if body else ["-m", "train.pretrain"]
-    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'cases'}"
     return subprocess.Popen(
         [sys.executable, *how, f"--config={config}"],
         cwd=ROOT,

@@ -326,7 +326,7 @@ def datasets(tmp_path_factory):
 READ = """
 import sys
 from data.config import DataConfig
-from data.sources import documents
+from data.texts.sources import documents
 for fields in (dict(tfds_dir=sys.argv[1] + "/tiny_text/1.0.0"),
                dict(tfds_dir=sys.argv[1], tfds_name="tiny_text", tfds_split="train[:40%]")):
     data = DataConfig(source="tfds", text_field="body", **fields)

@@ -236,7 +236,8 @@ def test_two_processes_compile_at_once(tmp_path):
     """As two test workers do: the first holds libtpu while the second loads it."""
     code = """
 import sys
-from core import aot, backend
+from core import backend
+from core.compile import aot
 backend.compile_only()
 print(len(aot.slice_devices("v5p:4x4x8")), flush=True)
 sys.stdin.read()

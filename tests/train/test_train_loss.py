@@ -135,6 +135,38 @@ def test_bfloat16(monkeypatch, sizes):
         assert_close(actual, wanted, "loss", "bfloat16", f"gradient of {name}")
 
 
+@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_logprobs_are_plain_ones_under_any_objective(monkeypatch, sizes, softcap):
+    """A function that bends each log-probability another way has gradients by definition."""
+    monkeypatch.setattr(loss, "CHUNK", 5)
+    hidden_BTD, table_VD, targets_BT, weights_BT = inputs()
+
+    def bent(logprobs_BT):
+        return (weights_BT * jnp.sin(logprobs_BT) * logprobs_BT).sum(), logprobs_BT
+
+    def by_definition(hidden_BTD, table_VD):
+        logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, table_VD)
+        logits_BTV = softcap * jnp.tanh(logits_BTV / softcap) if softcap else logits_BTV
+        logp_BTV = jax.nn.log_softmax(logits_BTV)
+        return bent(jnp.take_along_axis(logp_BTV, targets_BT[..., None], axis=-1)[..., 0])
+
+    def fused(hidden_BTD, table_VD, targets_BT):
+        how = dict(rules=sharding.training(), softcap=softcap)
+        return bent(loss.token_logprobs(hidden_BTD, table_VD, targets_BT, **how))
+
+    (_, want), want_grads = jax.value_and_grad(by_definition, (0, 1), True)(hidden_BTD, table_VD)
+    with jax.set_mesh(make_mesh(sizes)):
+        placed = place(inputs(), sharding.training())
+        weights_BT = placed.pop()
+        gradient = jax.jit(jax.value_and_grad(fused, (0, 1), True))
+        (_, logprobs_BT), grads = gradient(*placed)
+        assert logprobs_BT.dtype == jnp.float32
+    assert_close(logprobs_BT, want, "model", what="log-probabilities")
+    for name, actual, wanted in zip(("hidden", "table"), grads, want_grads, strict=True):
+        assert_close(actual, wanted, "model", what=f"gradient of {name}")
+
+
 def test_never_holds_all_logits(one_device, monkeypatch):
     """The compiled gradient's temporaries are far below [B, T, V] float32; the plain one's not."""
     monkeypatch.setattr(loss, "CHUNK", 256)
@@ -157,3 +189,8 @@ def test_never_holds_all_logits(one_device, monkeypatch):
 
     assert temporaries(lambda *a: plain(*a, 0.0), arrays) > all_logits, "else a blind measure"
     assert temporaries(fused, place(arrays, rules)) < all_logits / 2
+
+    def squares(hidden_BTD, table_VD, targets_BT, _):
+        return (loss.token_logprobs(hidden_BTD, table_VD, targets_BT, rules=rules) ** 2).sum(), None
+
+    assert temporaries(squares, place(arrays, rules)) < all_logits / 2

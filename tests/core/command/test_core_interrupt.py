@@ -100,7 +100,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once(monkeypatch, capfd):
 # OpenSSL's loop lasts for hours, and Python runs no handler in it: as in a compiler.
 STUCK = """
 import hashlib
-from core import interrupt
+from core.command import interrupt
 with interrupt.raised():
     print("begun", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"x", b"x", 2**31 - 1)

@@ -284,7 +284,8 @@ def test_the_tokenizer_travels_along(tmp_path):
 KILLED = """
 import os, signal, sys
 from core import lazy
-from model import convert, safetensors
+from model import convert
+from model.io import safetensors
 count = 0
 def killed(function):
     def call(*args):

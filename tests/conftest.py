@@ -50,6 +50,14 @@ def make_mesh(sizes):
     return jax.make_mesh(sizes, sharding.AXES, axis_types=explicit, devices=devices)
 
 
+def quick(cases, step):
+    """Every `step`-th case for `make test`; the others are for the slow tests."""
+    return [
+        pytest.param(case, marks=[pytest.mark.slow] * bool(i % step), id=str(case))
+        for i, case in enumerate(cases)
+    ]
+
+
 def sampled(cases, step):
     """Every `step`-th case for the slow tests; the others are for `make test-all` alone.
 

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from conftest import MESHES, make_mesh
+from conftest import MESHES, make_mesh, quick
 from train_cases import MODEL, TRAIN
 
 from core import sharding
@@ -78,7 +78,7 @@ def run(documents, sizes, limit=0):
         return evaluate(create(), batches, Feed(config, sharding.training()), text_bytes, limit)
 
 
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("sizes", quick(MESHES, 2))
 def test_bits_per_byte_are_those_of_the_text(documents, expected, sizes):
     found = run(documents, sizes)
     per_byte = expected.sum() / (NUM_DOCUMENTS * NUM_BYTES)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_model_cache as cases
-from conftest import make_mesh
+from conftest import make_mesh, quick
 from test_model_cache import How
 
 from core import tree
@@ -71,7 +71,7 @@ def bound(how: How) -> np.ndarray:
     return v.max() * (np.expm1(2 * d) + v_error) + 1e-5
 
 
-@pytest.mark.parametrize("how", HOWS, ids=str)
+@pytest.mark.parametrize("how", quick(HOWS, 2))
 def test_attention_is_off_by_no_more_than_stated(how):
     real = (cases.SEEN[:, None] + np.arange(cases.NEW) < cases.END[:, None])[:, :, None, None]
     expected = cases.exact(how.kind, how.heads) * real

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_model_cache as cases
-from conftest import make_mesh
+from conftest import make_mesh, quick
 from test_model_cache import How
 from tolerances import assert_close
 
@@ -127,7 +127,7 @@ def assert_exact(how: How) -> None:
     assert_close(run(how)[0] * real, exact(how.kind, how.heads), "attention")
 
 
-@pytest.mark.parametrize("how", HOWS, ids=str)
+@pytest.mark.parametrize("how", quick(HOWS, 2))
 def test_positions_count_inside_what_is_kept(how):
     """Row 1 begins with 4 tokens: its chunk passes the window, and the first ones are not full."""
     assert_exact(dataclasses.replace(how, heads=(6, 3)) if how.sizes[1] == 3 else how)

@@ -7,7 +7,7 @@ import family_cases as cases
 import jax
 import numpy as np
 import pytest
-from conftest import make_mesh
+from conftest import make_mesh, quick
 from family_cases import PROMPT
 
 from core import sharding
@@ -94,7 +94,7 @@ def test_those_of_variations_are_too(name, checkpoints):
     assert_is_itself(name, ONE, checkpoints)
 
 
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("name", quick(SHARDED, 3))
 def test_they_are_on_a_mesh(name, checkpoints):
     assert_is_itself(name, MESH, checkpoints)
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from attention_cases import Case, documents
 from attention_runs import like
-from conftest import make_mesh, sampled, small_tiles
+from conftest import make_mesh, quick, sampled, small_tiles
 from tolerances import assert_close
 
 from core import layout, sharding
@@ -185,7 +185,7 @@ def assert_exact(how: How, order: str) -> None:
         assert_close(a, b, "attention", what=f"{order} {name}")
 
 
-@pytest.mark.parametrize("how", HOWS, ids=str)
+@pytest.mark.parametrize("how", quick(HOWS, 2))
 def test_strategy_equals_one_device_in_every_order(how):
     for order in ORDERS:
         assert_exact(how, order)
@@ -197,7 +197,7 @@ def test_every_strategy_shards_kernel_and_spec(how):
         assert_exact(how, order)
 
 
-@pytest.mark.parametrize("how", HOWS, ids=str)
+@pytest.mark.parametrize("how", quick(HOWS, 2))
 @pytest.mark.parametrize("order", ["contiguous", "multizigzag"])
 def test_nothing_leaks(how, order):
     """Exactly nothing: masked scores add zeros, whichever device they come from."""

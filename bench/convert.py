@@ -22,7 +22,7 @@ from core import lazy
 from core.command import cli
 from model import families
 from model.io import checkpoint_files, safetensors
-from model.io.safetensors import Writer
+from model.io.safetensors import TensorWriter
 
 MOST_SECONDS, MOST_BYTES = 120, 3.5 * 2**30
 SHARD_GB = 2.0
@@ -92,7 +92,7 @@ def make(directory: Path, layers: int, vocabulary: int) -> int:
     tensors = families.tensors(families.read(config_json))
     dtype = np.dtype(jnp.bfloat16)
     shapes = {tensor.name: tensor.layout.shape for tensor in tensors}
-    writer = Writer(directory / checkpoint_files.WHOLE, shapes, dtype)
+    writer = TensorWriter(directory / checkpoint_files.WHOLE, shapes, dtype)
     random = np.random.default_rng(0)
     for name, shape in shapes.items():
         writer.write(name, (0.02 * random.standard_normal(shape, np.float32)).astype(dtype))

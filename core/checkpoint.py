@@ -44,7 +44,7 @@ class Bundle:
     def __init__(self, path: str | Path, keep: int | None = None, lazily: bool = False):
         """Opens a bundle; `keep` newest steps survive a save (None: all).
 
-        `lazily` saves a model of `lazy.Lazy` leaves, which may take as long as it takes.
+        `lazily` saves a model of `lazy.StreamedArray` leaves, which may take as long as it takes.
         """
         self.path = Path(path).absolute()
         config_file(path)

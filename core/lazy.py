@@ -1,6 +1,6 @@
 """Arrays of a checkpoint that are made while they are saved, and read piece by piece.
 
-    leaf = Lazy((22, 2048, 5632), dtype, lambda: ((i, layer(i)) for i in range(22)))
+    leaf = StreamedArray((22, 2048, 5632), dtype, lambda: ((i, layer(i)) for i in range(22)))
     Bundle(path, lazily=True).save(0, {"model": {"mlp.up_DF": leaf}}, {})
 
 A leaf is never whole: one part of one leaf is alive at a time. It is restored as any other.
@@ -21,7 +21,7 @@ CHUNK = 1 << 25  # bytes stored as one piece, at most
 
 
 @dataclasses.dataclass(frozen=True)
-class Lazy:
+class StreamedArray:
     """An array to be saved. `parts` gives (layer, values), or (None, values) of the whole."""
 
     shape: tuple[int, ...]
@@ -34,7 +34,7 @@ class Lazy:
 
 
 class _Handler(ocp.type_handlers.NumpyHandler):
-    """Saves Lazy leaves as Orbax saves NumPy's arrays, but one part after the other."""
+    """Saves StreamedArray leaves as Orbax saves NumPy's arrays, but one part after the other."""
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
@@ -43,7 +43,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
         for each in zip(values, infos, args, strict=True):  # all at once are Orbax's way
             await super()._background_serialize(*([one] for one in each))
 
-    async def _open_and_write(self, value: Lazy, tspec: dict[str, Any], ts_context):
+    async def _open_and_write(self, value: StreamedArray, tspec: dict[str, Any], ts_context):
         for layer, values in value.parts():
             if layer in (None, 0):
                 stacked = () if layer is None else (1,)
@@ -60,10 +60,10 @@ class _Handler(ocp.type_handlers.NumpyHandler):
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:
-    """Returns the handler that saves pytrees of Lazy leaves."""
+    """Returns the handler that saves pytrees of StreamedArray leaves."""
     usual = ocp.type_handlers.get_type_handler(jax.Array)  # Orbax warns if there is none
     registry = ocp.type_handlers.create_type_handler_registry(
-        (jax.Array, usual), (Lazy, _Handler())
+        (jax.Array, usual), (StreamedArray, _Handler())
     )
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
@@ -80,7 +80,7 @@ def row_blocks(shape: tuple[int, ...], dtype: np.dtype) -> list[slice]:
     return [slice(i, min(i + step, shape[0])) for i in range(0, shape[0], step)]
 
 
-class Stored:
+class StoredArray:
     """A saved array, to be read in parts; `directory` is an item of a step."""
 
     def __init__(self, directory: Path, name: str):

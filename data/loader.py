@@ -21,7 +21,7 @@ from data.batch import Batch, cut, stack
 from data.store import TokenStore
 
 
-class Windows:
+class RowDataset:
     """Random access to the rows of a store that have a target: `windows[i]` is a Batch of [length].
 
     The last row may be shorter: it is filled up with padding.
@@ -72,7 +72,7 @@ def train_batches(
     `batch_size` counts the rows of all processes. Index and count are JAX's own by default.
     `order` is that of the tokens in each row (core/layout.py), `restart` that of `batch.cut`.
     """
-    windows = Windows(store, length, order, restart)
+    windows = RowDataset(store, length, order, restart)
     index, count = _process(batch_size, process_index, process_count)
     return ElasticIterator(
         row_order(len(windows), seed).map(windows.__getitem__),
@@ -92,7 +92,7 @@ def rows_before(
     state: Mapping[str, int], store: TokenStore, batch_size: int, length: int, seed: int
 ) -> list[int]:
     """The rows of the global batch that led to `state`, in the order they were taken."""
-    order = row_order(len(Windows(store, length)), seed)
+    order = row_order(len(RowDataset(store, length)), seed)
     stop = state["global_next_index"]
     return [int(order[place]) for place in range(stop - batch_size, stop)]
 

@@ -32,7 +32,7 @@ from data import store
 from data.config import DataConfig
 from data.curate import REMOVED, Text, curate
 from data.texts.files import matches
-from data.texts.sample import Sample
+from data.texts.sample import TextSample
 from data.texts.sources import documents
 from data.tokenizer import load, trained
 from data.tokenizer.base import Tokenizer
@@ -108,7 +108,7 @@ def build(config: DataConfig, directory: Path, progress: Progress) -> dict[str, 
 
     task = progress.add_task("encoding", total=found.num_bytes)
     dtype = store.token_dtype(model.vocab_size)
-    writers = {s: store.Writer(directory, s, dtype, config.shard_tokens) for s in SPLITS}
+    writers = {s: store.ShardWriter(directory, s, dtype, config.shard_tokens) for s in SPLITS}
     counts, packed_bytes = Counter(), 0
     for group in grouped(curate(documents(config), counts)):
         for item, ids in zip(group, model.encode_batch([t.text for t in group]), strict=True):
@@ -176,13 +176,13 @@ class Survey:
     """Findings of a first pass over the documents."""
 
     num_bytes: int  # of text that is kept
-    sample: Sample  # of the training documents: the tokenizer may not see the others
+    sample: TextSample  # of the training documents: the tokenizer may not see the others
 
 
 def survey(config: DataConfig, progress: Progress) -> Survey:
     """Reads all documents once. UserError when there are too few to split."""
     task = progress.add_task("reading", total=None)
-    sample, counts, num_bytes, fractions = Sample(config.tokenizer_bytes), Counter(), 0, []
+    sample, counts, num_bytes, fractions = TextSample(config.tokenizer_bytes), Counter(), 0, []
     for item in curate(documents(config), counts):
         num_bytes += item.num_bytes
         fractions.append(item.fraction)

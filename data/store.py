@@ -6,9 +6,9 @@
                          shard, and the bytes of its text
     train-00000.names    one JSON string for each document: where it came from
 
-`TokenStore` reads a split as one long array, `Writer` makes it. A document is text between a first
-token, which no model has to predict, and the end token. The first token is bos, or the end token
-where the tokenizer has no bos: so every token of the text has one before it.
+`TokenStore` reads a split as one long array; `ShardWriter` makes it. A document is text between a
+first token, which no model has to predict, and the end token. The first one is bos, or the end
+token where the tokenizer has no bos: so every token of the text has one before it.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
-class Writer:
+class ShardWriter:
     """Writes the shards of one split; a file gets its name only when it is complete."""
 
     def __init__(

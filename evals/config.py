@@ -4,16 +4,16 @@ import dataclasses
 from typing import Literal
 
 from core.config import UserError, setting
-from infer.config import Rows, Weights
-from model.cache.form import Form
+from infer.config import BundleSection, Weights
+from model.cache.form import CacheConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchConfig(Rows, Weights, Form):
+class BenchConfig(BundleSection, Weights, CacheConfig):
     """The context-window report of `python -m evals.bench`."""
 
-    EXCLUSIVE = (*Form.EXCLUSIVE, ("compare", "topology"))
-    NEEDS = (*Form.NEEDS, *Weights.NEEDS)
+    EXCLUSIVE = (*CacheConfig.EXCLUSIVE, ("compare", "topology"))
+    NEEDS = (*CacheConfig.NEEDS, *Weights.NEEDS)
 
     checkpoint: str = setting("", "a bundle; empty is the workdir, or random weights")
     contexts: tuple[int, ...] = setting(
@@ -64,7 +64,7 @@ class BenchConfig(Rows, Weights, Form):
     output: str = setting("", "a folder; empty is WORKDIR/bench (compare: WORKDIR/compare)")
 
     def check(self) -> None:
-        Form.check(self)
+        CacheConfig.check(self)
         if len(self.compare) == 1:
             raise UserError(f"compare={self.compare} is one report: name two or more")
         if self.compare and self.topology:
@@ -79,7 +79,7 @@ class BenchConfig(Rows, Weights, Form):
 
 
 @dataclasses.dataclass(frozen=True)
-class RecallConfig(Rows):
+class RecallConfig(BundleSection):
     """The questions that `python -m evals.recall` asks a model trained on data.source=recall."""
 
     lengths: tuple[int, ...] = setting(

@@ -5,12 +5,12 @@ from typing import Literal
 
 from core.config import Section, Unsupported, UserError, setting
 from infer.sampling.params import Sampling
-from model.cache.form import Form
+from model.cache.form import CacheConfig
 from model.sizes.weights import Kind
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows(Section):
+class BundleSection(Section):
     """Rows of tokens through a bundle's model."""
 
     checkpoint: str = setting("", "a bundle; empty is the workdir")
@@ -44,11 +44,11 @@ DRAWN = [field for field in dataclasses.fields(Sampling) if field.name not in ("
 
 
 @dataclasses.dataclass(frozen=True)
-class DecodeConfig(Rows, Sampling, Weights, Form):
+class DecodeConfig(BundleSection, Sampling, Weights, CacheConfig):
     """Settings of `python -m infer.decode`: the prompts, and how to continue them."""
 
     EXCLUSIVE = (
-        *Form.EXCLUSIVE,
+        *CacheConfig.EXCLUSIVE,
         ("prompt", "prompts"),
         ("cache_pages", "speculate"),
         ("beams", "speculate"),
@@ -56,7 +56,7 @@ class DecodeConfig(Rows, Sampling, Weights, Form):
         *(("beams", field.name) for field in DRAWN),
     )
     NEEDS = (
-        *Form.NEEDS,
+        *CacheConfig.NEEDS,
         *Weights.NEEDS,
         ("draft", "speculate"),
         ("draft_step", "draft"),
@@ -87,7 +87,7 @@ class DecodeConfig(Rows, Sampling, Weights, Form):
 
     def check(self) -> None:
         Sampling.check(self)
-        Form.check(self)
+        CacheConfig.check(self)
         if self.prompt and self.prompts:
             raise UserError(f"prompt={self.prompt!r} and prompts={self.prompts!r}: give one")
         if self.cache_pages and self.speculate:
@@ -105,10 +105,10 @@ class DecodeConfig(Rows, Sampling, Weights, Form):
 
 
 @dataclasses.dataclass(frozen=True)
-class ScoreConfig(Rows, Weights, Form):
+class ScoreConfig(BundleSection, Weights, CacheConfig):
     """Settings of `python -m infer.score`."""
 
-    NEEDS = (*Form.NEEDS, *Weights.NEEDS)
+    NEEDS = (*CacheConfig.NEEDS, *Weights.NEEDS)
 
     input: str = setting("", "a .jsonl (text or tokens), a .txt (a text a line), - for stdin")
     output: str = setting("", "a JSON lines file: rows are appended as they end; - for stdout")

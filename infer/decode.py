@@ -24,16 +24,16 @@ from core.storage import rows_file, streams
 from infer import load
 from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
-from infer.load import Found
-from infer.prefix import Reader
-from infer.rows import Row, Spent, read_rows
+from infer.load import BundleInfo
+from infer.prefix import PrefixCache
+from infer.rows import Request, Timing, read_rows
 from infer.sampling import beam
-from infer.sampling.params import Packed, Sampling, pack
+from infer.sampling.params import Sampling, SamplingBatch, pack
 from infer.speculative import speculate
 from infer.speculative.speculate import Speculator
 from infer.steps import Made
-from model.cache.form import Form
-from model.ops.quantised import Rounding
+from model.cache.form import CacheConfig
+from model.ops.quantised import QuantConfig
 from model.sizes import parts, weights
 
 
@@ -41,12 +41,12 @@ def main(experiment: Experiment) -> list[dict]:
     """Decodes what the `decode` section asks for; the rows of its output."""
     config: DecodeConfig = experiment.decode
     found = load.find(config.checkpoint or experiment.workdir, config.step, config.dtype)
-    Form.of(config).apply(found.config)  # refuses what cannot be
+    CacheConfig.of(config).apply(found.config)  # refuses what cannot be
     rows = read_rows(config, found)
     beam.check(config, rows, (found.tokenizer or found.config).vocab_size)
     found_draft = speculate.find_draft(config, found, rows)
     inputs = [("decode.prompts", config.prompts), *found.files("decode.checkpoint")]
-    file = rows_file.Rows(config.output, "decode.output", inputs)
+    file = rows_file.RowsFile(config.output, "decode.output", inputs)
     backend.keep_programs(experiment.workdir)
     mesh = make_mesh(experiment.mesh)
     with file, streams.guarded(file.kept), jax.set_mesh(mesh), saved(rows, config, file) as save:
@@ -63,13 +63,13 @@ def main(experiment: Experiment) -> list[dict]:
             asked = beam.asked(rows, config.beams)
             at_once = beam.at_once(config.batch_size, len(asked) // config.beams, config.beams)
         plan = Plan.of(at_once, longest, length - longest, config.prefill_chunk)
-        engine = Engine(model, plan, found.tokenizer, config.top_logprobs, Form.of(config))
+        engine = Engine(model, plan, found.tokenizer, config.top_logprobs, CacheConfig.of(config))
         print(header(found, config, rows, roundings[0]), file=sys.stderr, flush=True)
         packed = pack([row.how for row in rows])
         # Rows that go to stdout have it to themselves.
-        show, spent = Show([] if file.is_stdout else rows, config.stream), Spent()
+        show, spent = StreamPrinter([] if file.is_stdout else rows, config.stream), Timing()
         prompts, new = zip(*((row.prompt.tokens, row.how.max_tokens) for row in asked), strict=True)
-        reader = Reader(engine, prompts, new, config.share_prefix, config.prompt_logprobs)
+        reader = PrefixCache(engine, prompts, new, config.share_prefix, config.prompt_logprobs)
         speculator = None
         if config.speculate:
             speculator = Speculator.of(config, reader, *draft)
@@ -93,7 +93,7 @@ def main(experiment: Experiment) -> list[dict]:
 
 @contextlib.contextmanager
 def saved(
-    rows: list[Row], config: DecodeConfig, file: rows_file.Rows
+    rows: list[Request], config: DecodeConfig, file: rows_file.RowsFile
 ) -> Iterator[Callable[[], None]]:
     """Gives a function that appends to the file what has ended, up to the first that has not.
 
@@ -112,12 +112,12 @@ def saved(
 
 
 def decode(
-    reader: Reader,
+    reader: PrefixCache,
     speculator: Speculator | None,
-    rows: list[Row],
+    rows: list[Request],
     part: slice,
-    packed: Packed,
-    spent: Spent,
+    packed: SamplingBatch,
+    spent: Timing,
 ) -> Iterator[None]:
     """Grows the rows of one batch, a part of all, to their ends; yields whenever they have grown.
 
@@ -162,10 +162,10 @@ def tokens_of(made: Made, b: int) -> Iterator[tuple[int, float, list[list]]]:
     return zip(made.tokens_BC[b].tolist(), made.logprobs_BC[b].tolist(), tops, strict=True)
 
 
-class Show:
+class StreamPrinter:
     """Prints rows one after the other; the first that still grows is printed as it grows."""
 
-    def __init__(self, rows: list[Row], stream: bool):
+    def __init__(self, rows: list[Request], stream: bool):
         self._rows, self._stream, self._front, self._begun = rows, stream, 0, False
         self._stderr = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
@@ -186,7 +186,7 @@ class Show:
             if not row.finish_reason:
                 return
 
-    def _begin(self, row: Row) -> None:
+    def _begin(self, row: Request) -> None:
         """On a terminal the prompt stands, dimmed, before its text."""
         self._begun = True
         if self._stderr.is_terminal:
@@ -196,7 +196,9 @@ class Show:
             self._stderr.print(prompt, style="dim", end="")
 
 
-def header(found: Found, config: DecodeConfig, rows: list[Row], rounding: Rounding | None) -> str:
+def header(
+    found: BundleInfo, config: DecodeConfig, rows: list[Request], rounding: QuantConfig | None
+) -> str:
     """One line: what decodes, on what, and how."""
     device = jax.devices()[0]
     how = [f"temperature {config.temperature:g}" if config.temperature else "greedy"]
@@ -206,8 +208,8 @@ def header(found: Found, config: DecodeConfig, rows: list[Row], rounding: Roundi
         value = getattr(config, field.name)
         if field.name not in ("temperature", "max_tokens", "seed") and value != field.default:
             how.append(f"{field.name} {value}")
-    form = Form.of(config)
-    how += [f"cache {form.name}"] * (form != Form())
+    form = CacheConfig.of(config)
+    how += [f"cache {form.name}"] * (form != CacheConfig())
     own = sum(bool(row.prompt.settings) for row in rows)
     how += [f"seed {config.seed}"] + [f"{own} of {len(rows)} rows set their own"] * bool(own)
     return (
@@ -217,7 +219,7 @@ def header(found: Found, config: DecodeConfig, rows: list[Row], rounding: Roundi
     )
 
 
-def summary(reader: Reader, rows: list[Row], spent: Spent) -> str:
+def summary(reader: PrefixCache, rows: list[Request], spent: Timing) -> str:
     """One line: how fast prefill and decode were, over all rows, compilation apart."""
     read, programs = reader.tokens_read, reader.engine.programs
     shared = sum(len(row.prompt.tokens) for row in rows) - read

@@ -20,14 +20,14 @@ from core import sharding, tree
 from core.config import Unsupported
 from data.tokenizer.base import Tokenizer
 from infer import steps
-from infer.programs import Programs, bucket
+from infer.programs import CompiledSteps, bucket
 from infer.sampling import logprobs
 from infer.sampling.draw import Counts
-from infer.sampling.params import Packed
-from infer.steps import Chunk, Made, Prefilled, State
+from infer.sampling.params import SamplingBatch
+from infer.steps import Made, Prefilled, PromptChunk, State
 from model import transformer
 from model.cache import kv_cache
-from model.cache.form import Form
+from model.cache.form import CacheConfig
 from model.cache.kv_cache import PLAIN
 from model.sizes import weights
 from model.transformer import Transformer
@@ -84,8 +84,8 @@ class Engine:
         plan: Plan,
         tokenizer: Tokenizer | None = None,
         top_logprobs: int = 0,
-        form: Form = PLAIN,
-        programs: Programs | None = None,
+        form: CacheConfig = PLAIN,
+        programs: CompiledSteps | None = None,
     ):
         """`top_logprobs`: of how many of the likeliest tokens `Made` tells, at every step.
 
@@ -112,7 +112,7 @@ class Engine:
             "follow": jax.jit(logprobs.following),
             "advance": jax.jit(functools.partial(steps.advance, **self.static), donate_argnums=1),
         }
-        self.programs = Programs() if programs is None else programs
+        self.programs = CompiledSteps() if programs is None else programs
 
     def resized(self, batch: int, chunk: int) -> "Engine":
         """The same for other rows and chunks: weights, programs and the clock are shared."""
@@ -209,7 +209,7 @@ class Engine:
         rows: Sequence[np.ndarray],
         first: int = 0,
         until: Sequence[np.ndarray] | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Iterator[PromptChunk]:
         """The chunks of `prefill`, from token `first` up to the end of the longest row."""
         chunk, longest = self.plan.chunk, max(map(len, rows), default=0)
         length_B = np.zeros(self.plan.batch, np.int32)
@@ -219,7 +219,7 @@ class Engine:
         lengths = self.place(length_B)
         if until is None:
             for start in range(first, longest, chunk):
-                yield Chunk(
+                yield PromptChunk(
                     self.place(tokens_BT[:, start : start + chunk]), jnp.int32(start), lengths
                 )
             return
@@ -227,7 +227,7 @@ class Engine:
         while start < longest:
             here, end = slice(start, start + chunk), _end(until_BT, start, chunk)
             arrays = self.place(tokens_BT[:, here]), jnp.int32(start), lengths
-            yield Chunk(*arrays, self.place(until_BT[:, here]), jnp.int32(end))
+            yield PromptChunk(*arrays, self.place(until_BT[:, here]), jnp.int32(end))
             start = end
 
     def _padded(self, rows: Sequence[np.ndarray], length: int) -> np.ndarray:
@@ -251,7 +251,7 @@ class Engine:
         now: Prefilled,
         prompts: Sequence[np.ndarray],
         samples: Sequence[int],
-        packed: Packed,
+        packed: SamplingBatch,
     ) -> State:
         """`now` holds the prompts, no token is new yet; row b draws by its seed and samples[b].
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from core import checkpoint, tree
 from core.checkpoint import Bundle
 from core.config import UserError
-from core.lazy import Stored
+from core.lazy import StoredArray
 from core.sharding import Rules, prefilling
 from data.tokenizer import load as tokenizers
 from data.tokenizer.base import Tokenizer
@@ -23,12 +23,12 @@ from infer import layout
 from model import transformer
 from model.config import ModelConfig
 from model.ops import quantised
-from model.ops.quantised import Quantised, Rounding, Table
+from model.ops.quantised import QuantConfig, Quantised, Table
 from model.sizes import parts, weights
 from model.transformer import Transformer
 
 
-class Found(NamedTuple):
+class BundleInfo(NamedTuple):
     """The properties of a bundle, known before its weights are read."""
 
     path: Path
@@ -42,7 +42,7 @@ class Found(NamedTuple):
         return [(field, self.path / name) for name in names]
 
 
-def find(path: str | Path, step: int | None = None, dtype: str = "") -> Found:
+def find(path: str | Path, step: int | None = None, dtype: str = "") -> BundleInfo:
     """Opens the bundle at `path`, to compute in `dtype`; in what the bundle says if that is empty.
 
     UserError if there is none, or no such complete step.
@@ -52,7 +52,7 @@ def find(path: str | Path, step: int | None = None, dtype: str = "") -> Found:
         config = bundle.config(model=ModelConfig).model
         config = dataclasses.replace(config, dtype=dtype or config.dtype)
         tokenizer = tokenizers.load(bundle.tokenizer) if bundle.tokenizer else None
-        found = Found(bundle.path, bundle.choose(step), config, tokenizer)
+        found = BundleInfo(bundle.path, bundle.choose(step), config, tokenizer)
     finally:
         bundle.close()
     if tokenizer and tokenizer.vocab_size > config.vocab_size:
@@ -73,7 +73,7 @@ def computing(
     return f"computing in {config.dtype} ({f'{section}.dtype' if dtype else else_by})"
 
 
-def restore(found: Found, rules: Rules, form: Rounding | None = None) -> Transformer:
+def restore(found: BundleInfo, rules: Rules, form: QuantConfig | None = None) -> Transformer:
     """The weights in the compute dtype, placed by `rules` on the mesh in use for decoding.
 
     Those that `form` rounds are read and rounded one after the other: few are ever floats.
@@ -92,7 +92,7 @@ def restore(found: Found, rules: Rules, form: Rounding | None = None) -> Transfo
     folder = found.path / str(found.step) / "model"
     leaves = {}
     for name, planned in tree.named_leaves(abstract).items():
-        stored = Stored(folder, name)
+        stored = StoredArray(folder, name)
         place = jax.NamedSharding(jax.sharding.get_mesh(), planned.sharding.spec)
         count, step = stored.shape[0], stored.shape[0]
         if parts.PLACE.match(name):  # layers, as many as are stored together
@@ -106,14 +106,14 @@ def restore(found: Found, rules: Rules, form: Rounding | None = None) -> Transfo
     return layout.place(found.config, rules, leaves)
 
 
-def held(model: Transformer, form: Rounding | None = None) -> Transformer:
+def held(model: Transformer, form: QuantConfig | None = None) -> Transformer:
     """The same weights as `restore` gives them; each is used up as soon as it is rounded."""
     leaves = tree.named_leaves(model).items()
     leaves = {name: _used_up(name, x, model.config, form) for name, x in leaves}
     return layout.place(model.config, model.rules, leaves)
 
 
-def shapes(config: ModelConfig, rules: Rules, form: Rounding | None = None) -> Transformer:
+def shapes(config: ModelConfig, rules: Rules, form: QuantConfig | None = None) -> Transformer:
     """The model with shapes in place of arrays."""
     model = transformer.abstract(config, rules)
     if form is None:
@@ -126,14 +126,14 @@ def shapes(config: ModelConfig, rules: Rules, form: Rounding | None = None) -> T
     return tree.with_leaves(model, {name: leaf(name, x) for name, x in leaves})
 
 
-def _used_up(name: str, x: jax.Array, config: ModelConfig, form: Rounding) -> Any:
+def _used_up(name: str, x: jax.Array, config: ModelConfig, form: QuantConfig) -> Any:
     few_bits = rounded_weight(name, x, config, form)
     if isinstance(few_bits, Quantised | Table):
         x.delete()
     return few_bits
 
 
-def rounded_weight(name: str, x: jax.Array, config: ModelConfig, form: Rounding | None) -> Any:
+def rounded_weight(name: str, x: jax.Array, config: ModelConfig, form: QuantConfig | None) -> Any:
     """The parameter `name` as a model holds it whose weights are in `form`."""
     if form is None:
         return _cast(name, x, config)

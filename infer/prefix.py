@@ -26,7 +26,7 @@ Space = jax.memory.Space
 LOOK = 8  # batches ahead of the one that is read: what they begin with is kept for them
 
 
-class Stem(NamedTuple):
+class SharedPrefix(NamedTuple):
     """The state after the first tokens of several prompts, one row on every shard."""
 
     row: int  # a prompt that begins so
@@ -35,7 +35,7 @@ class Stem(NamedTuple):
     logprobs: np.ndarray | None  # [length - 1] of all but the first token
 
 
-class Reader:
+class PrefixCache:
     """Reads the prompts of a run, one batch after the other."""
 
     def __init__(
@@ -54,7 +54,7 @@ class Reader:
         self.prompts, self.new = prompts, new
         self._shards = engine.model.rules.size("batch")
         self._dims = batch_dims(engine)
-        self._stems: list[Stem] = []  # each begins with the one before
+        self._stems: list[SharedPrefix] = []  # each begins with the one before
         ropes = (spec.rope for spec in engine.model.config.pattern)
         by_length = any(rope is not None and rope.by_length for rope in ropes)
         # Where RoPE goes by what the text will have come to, so do the keys of its beginning.
@@ -104,7 +104,7 @@ class Reader:
         row_B = [i * width + once[i].index(name) for i, part in enumerate(parts) for name in part]
         return [batch[names.index(name)] for name in rows], np.array(row_B, np.int32)
 
-    def _stem(self, batch: range, width: int, longest: int) -> Stem | None:
+    def _stem(self, batch: range, width: int, longest: int) -> SharedPrefix | None:
         """The state after what all prompts of a batch share, as far as that saves anything."""
         first, end = batch[0], batch[-1] + 1
         self._stems = [stem for stem in self._stems if self._serves(stem, end)]
@@ -120,14 +120,14 @@ class Reader:
             if length - have >= self.least and worth:
                 rows = [first] * self._shards
                 now, scores = self._each(rows, before, length)
-                self._stems.append(Stem(first, length, now, scores[0] if scores else None))
+                self._stems.append(SharedPrefix(first, length, now, scores[0] if scores else None))
         return self._stems[-1] if self._stems else None
 
     def _shared(self, first: int, end: int) -> int:
         """Tokens that all of the prompts first..end-1 begin with."""
         return min([len(self.prompts[first]), *self._alike[first : end - 1]])
 
-    def _serves(self, stem: Stem, end: int) -> bool:
+    def _serves(self, stem: SharedPrefix, end: int) -> bool:
         """Whether the prompts up to end-1, if there are so many, begin with this stem."""
         return end <= len(self.prompts) and self._shared(stem.row, end) >= stem.length
 
@@ -137,7 +137,7 @@ class Reader:
         return width * math.ceil(tokens / chunk) * chunk
 
     def _each(
-        self, rows: Sequence[int], stem: Stem | None, end: int
+        self, rows: Sequence[int], stem: SharedPrefix | None, end: int
     ) -> tuple[Prefilled, list[np.ndarray]]:
         """The state after the first `end` tokens of these prompts, and their log-probabilities."""
         have = stem.length if stem else 0

@@ -10,7 +10,7 @@ from collections.abc import Hashable
 from typing import Any
 
 
-class Programs:
+class CompiledSteps:
     """The compiled programs, by key, and the seconds that their compilation took."""
 
     def __init__(self):

@@ -13,22 +13,22 @@ from core.config import UserError, build, unknown_field
 from data.tokenizer.base import Tokenizer
 from infer import text
 from infer.config import DecodeConfig
-from infer.load import Found
+from infer.load import BundleInfo
 from infer.sampling.params import NO_ID, Sampling
-from infer.text import Prompt, Writer
-from model.cache.form import Form
+from infer.text import Detokenizer, Prompt
+from model.cache.form import CacheConfig
 
 SHOWN = 40  # characters of a prompt in errors
 
 
 @dataclasses.dataclass
-class Row:
+class Request:
     """One sample of one prompt, while it grows."""
 
     prompt: Prompt
     how: Sampling
     sample: int
-    writer: Writer | None  # None without a tokenizer: ids are the text
+    writer: Detokenizer | None  # None without a tokenizer: ids are the text
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     top_logprobs: list[list] = dataclasses.field(default_factory=list)
@@ -80,7 +80,7 @@ class Row:
 
 
 @dataclasses.dataclass
-class Spent:
+class Timing:
     """Seconds of all batches so far."""
 
     prefill: float = 0.0
@@ -91,7 +91,7 @@ class Spent:
         self.prefill, self.decode = self.prefill + prefill, self.decode + decode
 
 
-def read_rows(config: DecodeConfig, found: Found) -> list[Row]:
+def read_rows(config: DecodeConfig, found: BundleInfo) -> list[Request]:
     """Returns the rows to continue. Raises UserError for one that cannot be."""
     tokenizer, vocab_size = found.tokenizer, (found.tokenizer or found.config).vocab_size
     if config.top_logprobs > vocab_size:
@@ -107,8 +107,8 @@ def read_rows(config: DecodeConfig, found: Found) -> list[Row]:
     rows = []
     for prompt in prompts:
         how = settings(config, prompt)
-        check(how, prompt, found, Form.of(config))
-        rows += [Row(prompt, how, i, writer(prompt, how, tokenizer)) for i in range(how.n)]
+        check(how, prompt, found, CacheConfig.of(config))
+        rows += [Request(prompt, how, i, writer(prompt, how, tokenizer)) for i in range(how.n)]
     return rows
 
 
@@ -137,7 +137,7 @@ def _pairs(bias: Mapping[str, Any]) -> list[tuple[int, Any]]:
     return [(int(token), value) for token, value in bias.items()]
 
 
-def check(how: Sampling, prompt: Prompt, found: Found, form: Form) -> None:
+def check(how: Sampling, prompt: Prompt, found: BundleInfo, form: CacheConfig) -> None:
     """UserError where settings do not go with the prompt, the model or its vocabulary."""
     tokenizer, context = found.tokenizer, found.config.context
     if how.stop and tokenizer is None:
@@ -178,6 +178,6 @@ def _check_tokens(how: Sampling, where: str, vocab_size: int, tokenizer: Tokeniz
         )
 
 
-def writer(prompt: Prompt, how: Sampling, tokenizer: Tokenizer | None) -> Writer | None:
+def writer(prompt: Prompt, how: Sampling, tokenizer: Tokenizer | None) -> Detokenizer | None:
     """Returns the writer of the text after a prompt; None without a tokenizer."""
-    return Writer(tokenizer, how.stop, prompt.tokens) if tokenizer else None
+    return Detokenizer(tokenizer, how.stop, prompt.tokens) if tokenizer else None

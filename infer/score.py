@@ -20,7 +20,7 @@ from core.storage import rows_file, streams
 from infer import load, text
 from infer.config import ScoreConfig
 from infer.engine import Engine, Plan
-from model.cache.form import Form
+from model.cache.form import CacheConfig
 from model.sizes import weights
 
 
@@ -30,7 +30,7 @@ def main(experiment: Experiment) -> list[dict]:
     if not config.input:
         raise UserError("score.input is empty: name a .jsonl or a .txt, or - for stdin")
     found = load.find(config.checkpoint or experiment.workdir, config.step, config.dtype)
-    form = Form.of(config)
+    form = CacheConfig.of(config)
     form.apply(found.config)  # refuses what cannot be
     vocab_size = (found.tokenizer or found.config).vocab_size
     prompts = text.read(config.input, "score.input", found.tokenizer, vocab_size)
@@ -42,7 +42,7 @@ def main(experiment: Experiment) -> list[dict]:
                 f"model.context={found.config.context}: shorten it, or set score.cache_window"
             )
     inputs = [("score.input", config.input), *found.files("score.checkpoint")]
-    file = rows_file.Rows(config.output, "score.output", inputs)
+    file = rows_file.RowsFile(config.output, "score.output", inputs)
     began, results = time.perf_counter(), []
     backend.keep_programs(experiment.workdir)
     mesh = experiment.mesh

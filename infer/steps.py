@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from core.sharding import Rules
 from infer.sampling import draw, logprobs
 from infer.sampling.draw import Counts
-from infer.sampling.params import Packed
+from infer.sampling.params import SamplingBatch
 from model.cache import kv_cache as cache
 from model.cache.kv_cache import KVCache
 from model.transformer import Transformer
@@ -41,11 +41,11 @@ class State:
     made_B: jax.Array  # int32, new tokens so far
     done_B: jax.Array  # bool
     keys_B: jax.Array  # one key a row: the result does not depend on the other rows
-    packed: Packed  # max_tokens 0 in rows that only fill the batch
+    packed: SamplingBatch  # max_tokens 0 in rows that only fill the batch
     counts: Counts | None  # only when penalties are on
 
 
-class Chunk(NamedTuple):
+class PromptChunk(NamedTuple):
     """The tokens that one prefill step reads: start .. start + T - 1 of each row."""
 
     tokens_BT: jax.Array
@@ -69,7 +69,7 @@ class Made(NamedTuple):
 def extend(
     model: Transformer,
     now: Prefilled,
-    chunk: Chunk,
+    chunk: PromptChunk,
     new_B: jax.Array,
     targets_BT: jax.Array | None = None,
 ) -> tuple[Prefilled, jax.Array | None]:

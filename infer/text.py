@@ -125,7 +125,7 @@ def _from_tokens(tokens: Any, where: str, vocab_size: int) -> Prompt:
     return Prompt(None, np.array(tokens, np.int32), where)
 
 
-class Writer:
+class Detokenizer:
     """The text of one row. No part of a stop string that ends it is ever given out.
 
     A text that may be the start of a stop string is held back until that is known.

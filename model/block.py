@@ -9,8 +9,8 @@ from flax import nnx
 
 from model.attention.mask import Positions
 from model.attention.spec import AttentionSpec
-from model.cache.flash_decode import New, Stored
-from model.initializers import Maker
+from model.cache.flash_decode import LayerCache, NewKV
+from model.initializers import ParamInit
 from model.layers.attention import Attention
 from model.layers.mlp import MLP
 from model.layers.norm import Norm
@@ -19,7 +19,7 @@ from model.layers.norm import Norm
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), or a variation of that: `config.block`."""
 
-    def __init__(self, make: Maker, spec: AttentionSpec):
+    def __init__(self, make: ParamInit, spec: AttentionSpec):
         kind = self.kind = make.config.block
 
         def norm(wanted: bool = True) -> Norm | None:
@@ -38,8 +38,8 @@ class Block(nnx.Module):
         x_BTD: jax.Array,
         at: Positions,
         cos_sin: tuple[jax.Array, jax.Array] | None,
-        cache: Stored | None,
-    ) -> tuple[jax.Array, New]:
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, NewKV]:
         """(x [B, T, D], what these tokens add to a cache)."""
         with jax.named_scope("attention"):
             normed_BTD = self.attention_norm(x_BTD)

@@ -12,7 +12,7 @@ from model.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Maker:
+class ParamInit:
     """Makes the parameters of one module; `layers` > 0 stacks that many along a first dim."""
 
     config: ModelConfig

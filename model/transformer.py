@@ -20,10 +20,10 @@ from model.attention.mask import Positions
 from model.attention.spec import AttentionSpec
 from model.attention.strategies import local
 from model.block import Block
-from model.cache.flash_decode import New
+from model.cache.flash_decode import NewKV
 from model.cache.kv_cache import KVCache
 from model.config import ModelConfig
-from model.initializers import Maker
+from model.initializers import ParamInit
 from model.layers.norm import Norm
 from model.ops import quantised, rope
 from model.ops.linear import product
@@ -56,7 +56,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, rules: Rules, key: jax.Array):
         self.config, self.rules = config, rules
-        make = Maker(config, rules, key)
+        make = ParamInit(config, rules, key)
         table = (config.vocab_size, config.embed_dim), ("vocab", "embed")
         self.embedding_VD = make.normal(0, *table)
         self.head_VD = None if config.tied_head else make.normal(1, *table)
@@ -64,7 +64,7 @@ class Transformer(nnx.Module):
         self.positions_PD = make.normal(2, *places) if config.learned_positions else None
         keys = (jax.random.fold_in(key, i) for i in itertools.count(1))
         self.stages = nnx.List(
-            nnx.List(Block(Maker(config, rules, next(keys), layers), spec) for spec in slots)
+            nnx.List(Block(ParamInit(config, rules, next(keys), layers), spec) for spec in slots)
             for slots, layers in config.stages
         )
         self.final_norm = Norm(make, config.embed_dim, config.norm)
@@ -100,7 +100,7 @@ class Transformer(nnx.Module):
         cache: KVCache | None = None,
         length_B: jax.Array | None = None,
         remat: Remat = "none",
-    ) -> tuple[jax.Array, list[New]]:
+    ) -> tuple[jax.Array, list[NewKV]]:
         """`__call__` that leaves the cache alone: (hidden [B, T, D], what `write` adds to it)."""
         config, positions_BT = self.config, at.positions_BT
         x_BTD = self._embed(tokens_BT, positions_BT)
@@ -140,7 +140,7 @@ class Transformer(nnx.Module):
         return self.final_norm(x_BTD), new
 
     def write(
-        self, cache: KVCache, new: list[New], at: Positions, hidden_BTD: jax.Array
+        self, cache: KVCache, new: list[NewKV], at: Positions, hidden_BTD: jax.Array
     ) -> KVCache:
         """The cache with tokens added that were read: those of segment 0 in `at` are not.
 
@@ -152,13 +152,13 @@ class Transformer(nnx.Module):
         at = at._replace(segments_BT=at.segments_BT * valid_BT)
         return cache.write(self._whole(cache, new, at), at, self.rules)
 
-    def _whole(self, cache: KVCache, new: list[New], at: Positions) -> list[New]:
+    def _whole(self, cache: KVCache, new: list[NewKV], at: Positions) -> list[NewKV]:
         """`new` without the blocks that only tokens which are left out had made whole."""
         end_BT = jnp.where(at.segments_BT > 0, at.positions_BT + 1, 0)
         end_B1 = jnp.maximum(cache.seen_B, end_BT.max(axis=1))[:, None]
         specs = [block.attention.spec for blocks in self.stages for block in blocks]
 
-        def whole(x: New, spec: AttentionSpec) -> New:
+        def whole(x: NewKV, spec: AttentionSpec) -> NewKV:
             if x.blocks is None:
                 return x
             size, step = (spec.compress, spec.step) if spec.kind == "nsa" else (spec.block,) * 2

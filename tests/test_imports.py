@@ -78,6 +78,13 @@ def test_no_import_inside_a_function(module):
     assert not inside
 
 
+def test_no_class_name_stands_twice():
+    names = [
+        n.name for tree in TREES.values() for n in ast.walk(tree) if isinstance(n, ast.ClassDef)
+    ]
+    assert not {name for name in names if names.count(name) > 1}
+
+
 def test_no_module_is_named_utils():
     assert not [p for p in FILES if p.stem in ("utils", "util", "helpers", "misc", "common")]
 

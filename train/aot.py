@@ -71,7 +71,7 @@ def lower(experiment: Experiment, rules: Rules) -> jax.stages.Lowered:
 
 
 def batch(config: TrainConfig, rules: Rules) -> Batch:
-    """A Batch of shapes, placed as the Feed places it."""
+    """A Batch of shapes, placed as a BatchSharder places it."""
     place = jax.NamedSharding(jax.sharding.get_mesh(), rules("batch", "length"))
     shape = config.batch_size, config.length
     integers = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)

@@ -26,7 +26,7 @@ from core.storage import files, lock
 from data.batch import Batch
 from data.config import DataConfig
 from data.loader import (
-    Windows,
+    RowDataset,
     documents_of,
     rows_before,
     train_batches,
@@ -38,7 +38,7 @@ from model.sizes.flops import training_flops_per_token
 from train.config import TrainConfig
 from train.loop import run
 from train.loop.evaluate import evaluate
-from train.loop.feed import Feed
+from train.loop.feed import BatchSharder
 from train.loop.progress import TrainProgress
 from train.loop.run import Run
 from train.loop.stop import Stop
@@ -92,7 +92,7 @@ class Loop:
     ):
         config = self.config = experiment.train
         self.run, self.state, self.store, self.stop = begun, begun.state, train, stop
-        self.feed = Feed(config, begun.rules)
+        self.feed = BatchSharder(config, begun.rules)
         order = layout.order(begun.rules.layout, config.length, begun.rules.ring_size())
         # A position of the whole document may be beyond the table: JAX would take its last row.
         how = self.feed.index, self.feed.count, order, experiment.model.learned_positions
@@ -106,7 +106,7 @@ class Loop:
         self.metrics = MetricsWriter(begun.bundle.path, self.first, begun.evaluation_owed)
         self.progress = TrainProgress(config.steps, self.first)
         self.progress.say(self._title(experiment))
-        self.progress.say(Windows(train, config.length).summary())
+        self.progress.say(RowDataset(train, config.length).summary())
         self._flops = {
             name: training_flops_per_token(experiment.model, config.length, convention)
             for name, convention in (("mfu", "seen"), ("mfu_dense", "dense"))

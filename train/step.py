@@ -21,7 +21,7 @@ Metrics = dict[str, jax.Array]
 
 
 class Objective(Protocol):
-    """What a step minimises: a function of the model and a batch, most often of token_logprobs."""
+    """A function of the model and a batch that a step minimises, most often of token_logprobs."""
 
     def __call__(self, model: Transformer, batch: Batch, remat: Remat) -> tuple[jax.Array, Metrics]:
         """Returns the loss and metrics, float32 sums over the weighted tokens of the batch.

@@ -12,7 +12,7 @@ from model import transformer
 from model.config import ModelConfig
 from train import optimizer, state
 from train.config import TrainConfig
-from train.loop.feed import Feed
+from train.loop.feed import BatchSharder
 from train.step import make_train_step
 
 MODEL = ModelConfig(
@@ -33,7 +33,7 @@ TRAIN = TrainConfig(steps=1000, batch_size=bench.ROWS, length=bench.LENGTH, lear
 def main() -> None:
     rules = sharding.training()
     rule = optimizer.make(TRAIN, tree.named_leaves(transformer.abstract(MODEL, rules)))
-    train_step, feed = make_train_step(TRAIN, rule, rules), Feed(TRAIN, rules)
+    train_step, feed = make_train_step(TRAIN, rule, rules), BatchSharder(TRAIN, rules)
     current = state.create(MODEL, rules, rule, TRAIN.seed)
     random = np.random.default_rng(0)
 

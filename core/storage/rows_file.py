@@ -32,7 +32,7 @@ ENDS = signal.SIGTERM, signal.SIGHUP
 BLOCK = 2**16  # bytes that are read first, from the end of a file
 
 
-class Rows:
+class RowsFile:
     """JSON lines that are appended to a file as they come; nothing at all if `path` is empty."""
 
     def __init__(self, path: str, field: str, inputs: output.Inputs = ()):
@@ -111,7 +111,7 @@ class Rows:
             if file is not None:
                 os.close(file)
 
-    def __enter__(self) -> "Rows":
+    def __enter__(self) -> "RowsFile":
         """SIGTERM and SIGHUP end the work as Ctrl-C does: every `finally` may still append."""
         for number in ENDS if threading.current_thread() is threading.main_thread() else ():
             if signal.getsignal(number) is signal.SIG_DFL:

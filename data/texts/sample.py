@@ -13,7 +13,7 @@ from collections.abc import Iterator
 UNIT = 16384  # characters: small beside the sample, large beside a word
 
 
-class Sample:
+class TextSample:
     """Keeps the pieces of text whose hashes are smallest: the same for any order of the texts."""
 
     def __init__(self, max_bytes: int):

@@ -1,6 +1,6 @@
 """The cases that a report compares: the model as it is, and variants of it, each a line of a list.
 
-for case in of(model, Form(), ("int8",)): case.name  # "sliding", "sliding, int8", "full"
+for case in of(model, CacheConfig(), ("int8",)): case.name  # "sliding", "sliding, int8", "full"
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from core import tree
 from core.config import UserError
 from model import transformer
-from model.cache.form import Form
+from model.cache.form import CacheConfig
 from model.cache.kv_cache import PLAIN
 from model.sizes import weights
 from model.transformer import Transformer
@@ -18,12 +18,12 @@ from model.transformer import Transformer
 # Kinds of the cache that bench.kv names, beside the one that the section's own fields give.
 KV_KINDS = {
     "plain": PLAIN,
-    "int8": Form(k_cache="int8", v_cache="int8"),
-    "k8v4": Form(k_cache="int8", v_cache="int4"),
-    "int4": Form(k_cache="int4", v_cache="int4"),
-    "stream": Form(cache_window=1024, cache_sinks=4),
-    "quest": Form(cache_pages=128),
-    "host": Form(cache_host=True),
+    "int8": CacheConfig(k_cache="int8", v_cache="int8"),
+    "k8v4": CacheConfig(k_cache="int8", v_cache="int4"),
+    "int4": CacheConfig(k_cache="int4", v_cache="int4"),
+    "stream": CacheConfig(cache_window=1024, cache_sinks=4),
+    "quest": CacheConfig(cache_pages=128),
+    "host": CacheConfig(cache_host=True),
 }
 
 
@@ -31,7 +31,7 @@ class Case(NamedTuple):
     """One line of every plot. `model` may be abstract: shapes alone."""
 
     attention: str
-    form: Form
+    form: CacheConfig
     model: Transformer  # as the cache is read
     own: bool  # the pattern that it was trained with: quality is told of those alone
 
@@ -44,7 +44,7 @@ class Case(NamedTuple):
         return self.attention if self.kv == "plain" else f"{self.attention}, {self.kv}"
 
 
-def of(model: Transformer, form: Form = PLAIN, kinds: Sequence[str] = ()) -> list[Case]:
+def of(model: Transformer, form: CacheConfig = PLAIN, kinds: Sequence[str] = ()) -> list[Case]:
     """The model with each kind of cache, then with the first and full attention everywhere."""
     for kind in kinds:
         if kind not in KV_KINDS:
@@ -59,7 +59,7 @@ def of(model: Transformer, form: Form = PLAIN, kinds: Sequence[str] = ()) -> lis
     return found
 
 
-def as_read(model: Transformer, form: Form) -> Transformer:
+def as_read(model: Transformer, form: CacheConfig) -> Transformer:
     """The same weights; Unsupported if such a cache cannot be."""
     config = form.apply(model.config)
     return tree.with_leaves(transformer.abstract(config, model.rules), weights.leaves(model))

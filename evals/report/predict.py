@@ -68,13 +68,13 @@ def _local_bytes(x: Any) -> int:
     return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
-def kv_arrays(slots: Sequence[kv_cache.Slot]) -> list[tuple]:
+def kv_arrays(slots: Sequence[kv_cache.LayerStack]) -> list[tuple]:
     """Keys, values and what chooses among them, without the positions."""
     every = [x for slot in slots for x in (slot, slot.blocks) if x is not None]
     return [(x.k_LBKSH, x.v_LBKSH, x.pages) for x in every]
 
 
-def kv_bytes(slots: Sequence[kv_cache.Slot]) -> int:
+def kv_bytes(slots: Sequence[kv_cache.LayerStack]) -> int:
     """Bytes of `kv_arrays` over all devices."""
     return tree.num_bytes(kv_arrays(slots))
 

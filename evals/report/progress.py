@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 
-class Step(NamedTuple):
+class ProgressStep(NamedTuple):
     """One part of the work."""
 
     name: str
@@ -21,7 +21,7 @@ class Step(NamedTuple):
 class Bar:
     """Shows steps one after the other. Predictions are corrected by what steps really took."""
 
-    def __init__(self, steps: Sequence[Step]):
+    def __init__(self, steps: Sequence[ProgressStep]):
         self._left, self._done = list(steps), []
         self._count = len(steps)
         console = Console(stderr=True)
@@ -39,7 +39,7 @@ class Bar:
         self._bar.stop()
 
     @contextlib.contextmanager
-    def step(self, step: Step) -> Iterator[None]:
+    def step(self, step: ProgressStep) -> Iterator[None]:
         """Around the work of one of the steps."""
         text = f"[{len(self._done) + 1}/{self._count}] {step.name}"
         left = duration(self.seconds_left())
@@ -64,7 +64,7 @@ class Bar:
         return total
 
     @staticmethod
-    def _factor(done: Sequence[tuple[Step, float]]) -> float:
+    def _factor(done: Sequence[tuple[ProgressStep, float]]) -> float:
         predicted = sum(step.seconds for step, _ in done)
         return sum(seconds for _, seconds in done) / predicted if predicted else 1.0
 

@@ -18,7 +18,7 @@ from evals.report.predict import Memory
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ReportRow:
     """One line of the table before it is measured. `reason`: why it will not be."""
 
     case: Case
@@ -31,10 +31,10 @@ class Row:
         return f"{self.case.name}, {self.context:,} tokens"
 
 
-def plan(case: Case, context: int, config: BenchConfig, available: int | None) -> Row:
+def plan(case: Case, context: int, config: BenchConfig, available: int | None) -> ReportRow:
     """The row, with what it needs and whether it can be."""
     need = predict.memory(case, measure.plan(config, context))
-    return Row(case, context, need, refusal(case, context, config, need, available))
+    return ReportRow(case, context, need, refusal(case, context, config, need, available))
 
 
 def refusal(
@@ -59,7 +59,7 @@ def refusal(
     return None
 
 
-def planned(row: Row, config: BenchConfig) -> dict[str, Any]:
+def planned(row: ReportRow, config: BenchConfig) -> dict[str, Any]:
     """All keys, with what is known beforehand."""
     case, context = row.case, row.context
     model, shapes = case.model.config, measure.plan(config, context)
@@ -109,7 +109,7 @@ def planned(row: Row, config: BenchConfig) -> dict[str, Any]:
 
 
 def measured(
-    row: Row, config: BenchConfig, found: Measured, peaks: Peaks, devices: int
+    row: ReportRow, config: BenchConfig, found: Measured, peaks: Peaks, devices: int
 ) -> dict[str, Any]:
     """The keys that measuring fills."""
     known = planned(row, config)

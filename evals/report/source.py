@@ -19,26 +19,26 @@ from evals.report import cases
 from evals.report.cases import Case
 from evals.report.store import fingerprint
 from infer import load
-from infer.load import Found
+from infer.load import BundleInfo
 from model import transformer
-from model.cache.form import Form
-from model.ops.quantised import Rounding
+from model.cache.form import CacheConfig
+from model.ops.quantised import QuantConfig
 from model.sizes import parts
 from model.sizes import weights as rounded
 from model.transformer import Transformer
 
 
-class Source(NamedTuple):
+class WeightSource(NamedTuple):
     """The source of weights that are not read yet. `depends` tells them from others."""
 
-    found: Found | None
+    found: BundleInfo | None
     model: Transformer  # shapes, of weights as they are held
-    rounding: Rounding | None
+    rounding: QuantConfig | None
     name: str
     depends: dict[str, Any]
 
 
-def find(experiment: Experiment) -> Source:
+def find(experiment: Experiment) -> WeightSource:
     """The bundle; chance when there is none in the workdir and none is named."""
     config: BenchConfig = experiment.bench
     path, mesh = config.checkpoint or experiment.workdir, experiment.mesh
@@ -54,14 +54,14 @@ def find(experiment: Experiment) -> Source:
     how = {"weights": config.weights, "group": config.weights_group, "dtype": model.dtype}
     if found is None:
         name = f"random, as {path} is no bundle{rounded.text(rounding)}"
-        return Source(None, shapes, rounding, name, {"random": 0, **how})
+        return WeightSource(None, shapes, rounding, name, {"random": 0, **how})
     saved = fingerprint(found.path / str(found.step) / LISTING)
     depends = {"path": str(found.path), "step": found.step, "saved": saved, **how}
     name = f"{path} step {found.step}{rounded.text(rounding)}"
-    return Source(found, shapes, rounding, name, depends)
+    return WeightSource(found, shapes, rounding, name, depends)
 
 
-def weights(source: Source) -> Transformer:
+def weights(source: WeightSource) -> Transformer:
     """The model itself."""
     config, rules = source.model.config, source.model.rules
     if source.found:
@@ -71,10 +71,10 @@ def weights(source: Source) -> Transformer:
 
 def cases_of(model: Transformer, config: BenchConfig) -> list[Case]:
     """All that the report compares."""
-    return cases.of(model, Form.of(config), config.kv)
+    return cases.of(model, CacheConfig.of(config), config.kv)
 
 
-def head(experiment: Experiment, source: Source, device: str) -> dict[str, Any]:
+def head(experiment: Experiment, source: WeightSource, device: str) -> dict[str, Any]:
     """The report without its rows."""
     asked, says = experiment.bench.dtype, "as the bundle says" if source.found else "model.dtype"
     return {

@@ -31,7 +31,7 @@ class Store:
         if cut:
             os.truncate(path, sum(map(len, whole)))
         self._found = {line["key"]: line["result"] for line in map(json.loads, whole)}
-        self._file = rows_file.Rows(str(path), "bench.output")
+        self._file = rows_file.RowsFile(str(path), "bench.output")
 
     def _key(self, of: Mapping[str, Any]) -> str:
         text = json.dumps({**self._depends, **of}, sort_keys=True)

@@ -18,8 +18,8 @@ from evals.report.cases import Case
 from evals.report.measuring import measure, peaks
 from evals.report.measuring.measure import Measured
 from evals.report.measuring.peaks import Peaks
-from evals.report.progress import Bar, Step
-from evals.report.rows import Row
+from evals.report.progress import Bar, ProgressStep
+from evals.report.rows import ReportRow
 from evals.report.store import Store
 from model.config import ModelConfig
 
@@ -27,10 +27,10 @@ LONGEST = 2**20  # of the contexts by default
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
-class Task(NamedTuple):
+class SweepTask(NamedTuple):
     """One step of the sweep, and where its result goes."""
 
-    step: Step
+    step: ProgressStep
     of: Mapping[str, Any]  # the key in the store, and what it depends on
     run: Callable[[], Any]
 
@@ -44,7 +44,7 @@ def contexts(config: BenchConfig, model: ModelConfig) -> list[int]:
     return found or [longest]
 
 
-def plan(cases: Sequence[Case], config: BenchConfig, available: int | None) -> list[Row]:
+def plan(cases: Sequence[Case], config: BenchConfig, available: int | None) -> list[ReportRow]:
     """All rows, case by case; UserError if none can be measured.
 
     By default a case ends with the first that does not fit.
@@ -62,7 +62,7 @@ def plan(cases: Sequence[Case], config: BenchConfig, available: int | None) -> l
     return found
 
 
-def speeds(planned: Sequence[Row], config: BenchConfig, best: Peaks) -> list[Task]:
+def speeds(planned: Sequence[ReportRow], config: BenchConfig, best: Peaks) -> list[SweepTask]:
     """The steps that time the rows."""
     fields = ("batch_size", "prefill_chunk", "repeats", "decode_samples")
     how = {name: getattr(config, name) for name in fields}
@@ -70,8 +70,8 @@ def speeds(planned: Sequence[Row], config: BenchConfig, best: Peaks) -> list[Tas
     for row in sorted(planned, key=lambda row: row.need.total):
         if row.reason is None:
             of = {"what": "speed", "context": row.context, **case_of(row.case), **how}
-            step = Step(f"speed: {row.name}", "speed", seconds(row, config, best))
-            found.append(Task(step, of, lambda row=row: speed(row, config, best)))
+            step = ProgressStep(f"speed: {row.name}", "speed", seconds(row, config, best))
+            found.append(SweepTask(step, of, lambda row=row: speed(row, config, best)))
     return found
 
 
@@ -80,7 +80,7 @@ def case_of(case: Case) -> dict[str, Any]:
     return {"attention": case.attention, "kv": case.kv, "model": to_dict(case.model.config)}
 
 
-def seconds(row: Row, config: BenchConfig, best: Peaks) -> float:
+def seconds(row: ReportRow, config: BenchConfig, best: Peaks) -> float:
     """A guess: a third of the peak, and what compiling takes."""
     known = rows.planned(row, config)
     reading = known["prefill_flops"] / (best.flops * peaks.num_devices())
@@ -88,7 +88,7 @@ def seconds(row: Row, config: BenchConfig, best: Peaks) -> float:
     return 5.0 + 3 * (reading + measure.room(config) * step)
 
 
-def speed(row: Row, config: BenchConfig, best: Peaks) -> dict[str, Any]:
+def speed(row: ReportRow, config: BenchConfig, best: Peaks) -> dict[str, Any]:
     """Measures a row, or tells why it could not be measured."""
     try:
         found = measure.measure(row.case, row.context, config)
@@ -102,7 +102,7 @@ def speed(row: Row, config: BenchConfig, best: Peaks) -> dict[str, Any]:
     return {"measured": found._asdict(), "peaks": best._asdict()}
 
 
-def run(tasks: Sequence[Task], store: Store) -> list[Any]:
+def run(tasks: Sequence[SweepTask], store: Store) -> list[Any]:
     """The results of all tasks; those in the store are not run again."""
     left = [task for task in tasks if store.get(task.of) is None]
     with Bar([task.step for task in left]) as bar:
@@ -112,7 +112,7 @@ def run(tasks: Sequence[Task], store: Store) -> list[Any]:
     return [store.get(task.of) for task in tasks]
 
 
-def result(row: Row, config: BenchConfig, found: dict[str, Any] | None) -> dict[str, Any]:
+def result(row: ReportRow, config: BenchConfig, found: dict[str, Any] | None) -> dict[str, Any]:
     """The row of the report, from what its step gave."""
     known = rows.planned(row, config)
     if found is None:
@@ -135,14 +135,17 @@ def depends(experiment, weights: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def with_model(planned: Sequence[Row], cases: Sequence[Case]) -> list[Row]:
+def with_model(planned: Sequence[ReportRow], cases: Sequence[Case]) -> list[ReportRow]:
     """The rows with weights in the place of shapes."""
     by_name = {case.name: case for case in cases}
     return [dataclasses.replace(row, case=by_name[row.case.name]) for row in planned]
 
 
 def assemble(
-    planned: Sequence[Row], config: BenchConfig, tasks: Sequence[Task], results: Sequence[Any]
+    planned: Sequence[ReportRow],
+    config: BenchConfig,
+    tasks: Sequence[SweepTask],
+    results: Sequence[Any],
 ) -> list[dict[str, Any]]:
     """The rows of the report; results beyond those of `tasks` are of others."""
     found = {

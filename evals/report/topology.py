@@ -22,8 +22,8 @@ from evals.config import BenchConfig
 from evals.report import predict, rows, source, sweep
 from evals.report.cases import Case
 from evals.report.measuring import measure
-from evals.report.progress import Bar, Step
-from evals.report.rows import Row
+from evals.report.progress import Bar, ProgressStep
+from evals.report.rows import ReportRow
 from evals.report.show import tables
 from infer import steps
 from infer.engine import Plan
@@ -36,7 +36,7 @@ from model.transformer import Transformer
 ATTENTION = "/attention/shard_map/"  # in the op_name of all that attention does
 
 
-class Programs(NamedTuple):
+class SlicePrograms(NamedTuple):
     """The compiler's answers. `step` is one token without the loop around it, for counting work."""
 
     extend: aot.Compiled
@@ -61,7 +61,9 @@ def report(experiment: Experiment) -> dict[str, Any]:
         device = f"{config.topology}, {len(devices)} x {devices[0].device_kind}, not run"
         found = {**source.head(experiment, of, device), "peaks": None, "effective_length": {}}
         print(tables.title(found), file=sys.stderr, flush=True)
-        named = [(one, Step(one.name, "compile", 1.0 + one.context / 2**17)) for one in planned]
+        named = [
+            (one, ProgressStep(one.name, "compile", 1.0 + one.context / 2**17)) for one in planned
+        ]
         found["rows"] = []
         with Bar([step for _, step in named]) as bar:
             for one, step in named:
@@ -70,7 +72,7 @@ def report(experiment: Experiment) -> dict[str, Any]:
     return found
 
 
-def row(one: Row, config: BenchConfig, chip: Chip, devices: int) -> dict[str, Any]:
+def row(one: ReportRow, config: BenchConfig, chip: Chip, devices: int) -> dict[str, Any]:
     """The row of the report, in which nothing is measured."""
     known = {**rows.planned(one, config), "compile_seconds": None}
     least = one.need.weights + one.need.kv
@@ -97,7 +99,7 @@ def _too_much(needed: float, chip: Chip, what: str) -> str:
 
 
 def at_best(
-    one: Row, config: BenchConfig, programs: Programs, chip: Chip, devices: int
+    one: ReportRow, config: BenchConfig, programs: SlicePrograms, chip: Chip, devices: int
 ) -> dict[str, Any]:
     """Times, MFU and MBU if the chip does all that is compiled at its peak rates."""
     shapes, case, context = measure.plan(config, one.context), one.case, one.context
@@ -145,13 +147,13 @@ def seconds(
     return aot.optimal_seconds(work, num_bytes, program.collectives, chip)
 
 
-def compiled(case: Case, shapes: Plan) -> Programs:
+def compiled(case: Case, shapes: Plan) -> SlicePrograms:
     """The programs of an engine of these shapes, for the mesh in use."""
     extend = aot.compile_for(lower(case, shapes, "extend"))
     advance = aot.compile_for(lower(case, shapes, "advance"))
     refused = extend.refused or advance.refused
     step = None if refused else aot.compile_for(lower(case, shapes, "step"))
-    return Programs(extend, advance, step)
+    return SlicePrograms(extend, advance, step)
 
 
 def lower(case: Case, shapes: Plan, name: str) -> jax.stages.Lowered:
@@ -184,7 +186,7 @@ def _program(case: Case, model: Transformer, shapes: Plan, name: str) -> tuple[A
     if name == "extend":
         place = jax.NamedSharding(jax.sharding.get_mesh(), rules("batch", None))
         tokens_BT = jax.ShapeDtypeStruct((B, shapes.chunk), jnp.int32, sharding=place)
-        chunk = steps.Chunk(tokens_BT, jax.ShapeDtypeStruct((), jnp.int32), row_B)
+        chunk = steps.PromptChunk(tokens_BT, jax.ShapeDtypeStruct((), jnp.int32), row_B)
         return steps.extend, (now, chunk, row_B)
     if name == "advance":
         advance = functools.partial(steps.advance, eos=(), vocab_size=config.vocab_size)

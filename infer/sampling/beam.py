@@ -27,9 +27,9 @@ from core.config import UserError
 from infer import steps
 from infer.config import DRAWN, DecodeConfig
 from infer.engine import Engine
-from infer.prefix import Reader, batch_dims, take
+from infer.prefix import PrefixCache, batch_dims, take
 from infer.programs import bucket
-from infer.rows import Row, Spent
+from infer.rows import Request, Timing
 from infer.steps import Prefilled
 from model.transformer import Transformer
 
@@ -38,26 +38,26 @@ STEPS = 16  # tokens a call of the loop
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Texts:
+class Hypotheses:
     """New tokens [B, T] of each row with their log-probabilities, -1 and 0 after the last."""
 
     tokens_BT: jax.Array
     logprobs_BT: jax.Array
     score_B: jax.Array  # a sum while it grows, then over length ** penalty; -inf is no text
 
-    def pick(self, row_B: jax.Array, score_B: jax.Array) -> "Texts":
+    def pick(self, row_B: jax.Array, score_B: jax.Array) -> "Hypotheses":
         """These rows, with their new scores."""
-        return Texts(self.tokens_BT[row_B], self.logprobs_BT[row_B], score_B)
+        return Hypotheses(self.tokens_BT[row_B], self.logprobs_BT[row_B], score_B)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class State:
+class BeamState:
     """Between two steps; every prompt has as many new tokens in each of its beams."""
 
     prefilled: Prefilled
-    beams: Texts
-    finished: Texts  # the best of each prompt so far, best first
+    beams: Hypotheses
+    finished: Hypotheses  # the best of each prompt so far, best first
     length_B: jax.Array  # int32, tokens of the prompt
     limit_B: jax.Array  # int32, new tokens at most
     done_B: jax.Array  # bool, equal in the rows of a prompt
@@ -66,14 +66,14 @@ class State:
 
 def advance(
     model: Transformer,
-    state: State,
+    state: BeamState,
     *,
     beams: int,
     penalty: float,
     eos: tuple[int, ...],
     vocab_size: int,
     dims: Any,
-) -> tuple[State, jax.Array]:
+) -> tuple[BeamState, jax.Array]:
     """(state after up to STEPS tokens more, whether all is done)."""
     rules = model.rules
     row = rules("batch")
@@ -118,14 +118,14 @@ def _spec(x: jax.Array) -> Any:
 
 def _choose(
     logits_BV: jax.Array,
-    texts: tuple[Texts, Texts, jax.Array, jax.Array],
+    texts: tuple[Hypotheses, Hypotheses, jax.Array, jax.Array],
     made: jax.Array,
     *,
     beams: int,
     penalty: float,
     eos: tuple[int, ...],
     vocab_size: int,
-) -> tuple[Texts, Texts, jax.Array, jax.Array, jax.Array]:
+) -> tuple[Hypotheses, Hypotheses, jax.Array, jax.Array, jax.Array]:
     """(beams, finished, done, row that each beam goes on from, its token), of one shard's rows.
 
     K beams of G prompts, with the X best ways to go on; rows count on this shard alone.
@@ -145,7 +145,7 @@ def _choose(
     def grow(row_B, token_B, score_B):
         logprob_B = jnp.take_along_axis(logprobs_BV[row_B], token_B[:, None], axis=1)[:, 0]
         texts = running.pick(row_B, score_B)
-        return Texts(
+        return Hypotheses(
             texts.tokens_BT.at[:, made].set(token_B),
             texts.logprobs_BT.at[:, made].set(logprob_B),
             score_B,
@@ -183,7 +183,7 @@ def _counts(token_GX: jax.Array, eos: tuple[int, ...], beams: int) -> jax.Array:
     return jnp.where(is_end_GX, among_GX, before_GX)
 
 
-def _best(old: Texts, new: Texts, beams: int) -> Texts:
+def _best(old: Hypotheses, new: Hypotheses, beams: int) -> Hypotheses:
     """The best `beams` texts of each prompt, best first; of equals the older ones."""
     G = old.score_B.size // beams
 
@@ -218,14 +218,14 @@ class Search:
         engine, K, B = self.engine, self.beams, len(limit_B)
         T = bucket(int(limit_B.max()))
 
-        def texts(score_B: np.ndarray) -> Texts:
+        def texts(score_B: np.ndarray) -> Hypotheses:
             tokens_BT = np.full((B, T), -1, np.int32)
-            return Texts(tokens_BT, np.zeros((B, T), np.float32), score_B.astype(np.float32))
+            return Hypotheses(tokens_BT, np.zeros((B, T), np.float32), score_B.astype(np.float32))
 
         first_B = np.where(np.arange(B) % K == 0, 0.0, -np.inf)  # of K equal rows one goes on
         beams, none = texts(first_B), texts(np.full(B, -np.inf))
         rest = beams, none, length_B.astype(np.int32), limit_B.astype(np.int32), limit_B == 0
-        state = State(now, *jax.tree.map(engine.place, rest), jnp.int32(0))
+        state = BeamState(now, *jax.tree.map(engine.place, rest), jnp.int32(0))
         finished = False
         while not finished:
             state, finished = engine.programs.run(("beam", T), self._advance, engine.decoder, state)
@@ -233,7 +233,7 @@ class Search:
         return best.tokens_BT, best.logprobs_BT, best.score_B
 
 
-def asked(rows: Sequence[Row], beams: int) -> list[Row]:
+def asked(rows: Sequence[Request], beams: int) -> list[Request]:
     """For each prompt its first row, `beams` times."""
     return [row for row in rows if row.sample == 0 for _ in range(beams)]
 
@@ -245,7 +245,7 @@ def at_once(rows: int, prompts: int, beams: int) -> int:
 
 
 def decode(
-    search: Search, reader: Reader, rows: Sequence[Row], part: slice, spent: Spent
+    search: Search, reader: PrefixCache, rows: Sequence[Request], part: slice, spent: Timing
 ) -> Iterator[None]:
     """Searches for the rows of one batch, `part` of what is `asked`; yields when they are found."""
     engine, K, B = search.engine, search.beams, reader.engine.plan.batch
@@ -273,7 +273,7 @@ def decode(
     yield
 
 
-def check(config: DecodeConfig, rows: Sequence[Row], vocab_size: int) -> None:
+def check(config: DecodeConfig, rows: Sequence[Request], vocab_size: int) -> None:
     """UserError where beam search contradicts the `decode` section or the settings of a row."""
     if not config.beams:
         if config.length_penalty != 1:

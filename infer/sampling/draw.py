@@ -12,7 +12,7 @@
     draw               by softmax, with the key of the row
 
 typical_p (arXiv 2202.00666), which vLLM lacks, is where Hugging Face has it: the last of those
-that rule out. `Packed` of params.py holds a row's settings. A stage that a row leaves out
+that rule out. `SamplingBatch` of params.py holds a row's settings. A stage that a row leaves out
 gives it its logits back bit for bit, so the others in its batch never matter to it.
 
 No stage sorts: top_k, top_p and typical_p bisect over a threshold, so tokens that tie with the
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from infer.sampling.params import NO_ID, Packed, Penalties
+from infer.sampling.params import NO_ID, Penalties, SamplingBatch
 
 LOWEST, HIGHEST = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
 
@@ -41,7 +41,7 @@ def sample(
     keys_B: jax.Array,
     made_B: jax.Array,
     counts: Counts | None,
-    packed: Packed,
+    packed: SamplingBatch,
     eos: tuple[int, ...] = (),
 ) -> jax.Array:
     """int32 [B], one token a row, drawn by the row's own key; -inf logits are never drawn.
@@ -61,7 +61,7 @@ def sample(
 
 
 def restrict(
-    logits_BV: jax.Array, made_B: jax.Array, packed: Packed, eos: tuple[int, ...]
+    logits_BV: jax.Array, made_B: jax.Array, packed: SamplingBatch, eos: tuple[int, ...]
 ) -> jax.Array:
     """allowed_tokens, then banned_tokens and logit_bias at once, and end tokens by min_tokens.
 
@@ -93,7 +93,7 @@ def penalise(logits_BV: jax.Array, counts: Counts, penalties: Penalties) -> jax.
     return logits_BV - presence_B1 * (counts.output_BV > 0)
 
 
-def keep(logits_BV: jax.Array, packed: Packed) -> jax.Array:
+def keep(logits_BV: jax.Array, packed: SamplingBatch) -> jax.Array:
     """Logits over the temperature, their maximum 0, with -inf where a token is ruled out."""
     temperature_B1 = packed.temperature_B[:, None]
     temperature_B1 = jnp.where(temperature_B1 == 0, 1.0, temperature_B1)

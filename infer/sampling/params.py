@@ -84,7 +84,7 @@ class Bias(NamedTuple):
     values_BJ: Any  # float32
 
 
-class Packed(NamedTuple):
+class SamplingBatch(NamedTuple):
     """The settings of a batch, or of all rows of a run. An array is None where no row of the
     run uses its stage, which then is not in the program at all.
     """
@@ -101,12 +101,12 @@ class Packed(NamedTuple):
     bias: Bias | None
     allowed_BJ: Any  # int32, filled up with NO_ID; a row of nothing else allows all
 
-    def rows(self, part: slice) -> "Packed":
+    def rows(self, part: slice) -> "SamplingBatch":
         """These rows of it."""
         return jax.tree.map(lambda x: x[part], self)
 
 
-def pack(hows: Sequence[Sampling]) -> Packed:
+def pack(hows: Sequence[Sampling]) -> SamplingBatch:
     """All rows of a run, in NumPy; its batches are `rows` of this, so one program fits all."""
 
     def column(name: str, dtype: type = np.float32) -> np.ndarray:
@@ -123,7 +123,7 @@ def pack(hows: Sequence[Sampling]) -> Packed:
     penalties = ("repetition_penalty", "frequency_penalty", "presence_penalty")
     biased, restricted = used("logit_bias", "banned_tokens"), used("allowed_tokens")
     temperature_B = column("temperature")
-    return Packed(
+    return SamplingBatch(
         max_tokens_B=column("max_tokens", np.int32),
         seed_B=column("seed", np.uint32),
         temperature_B=temperature_B if temperature_B.any() else None,

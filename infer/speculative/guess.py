@@ -12,7 +12,7 @@ from core.sharding import Rules
 from infer import steps
 from infer.steps import State
 from model.attention.mask import Positions
-from model.cache.flash_decode import New
+from model.cache.flash_decode import NewKV
 from model.cache.kv_cache import KVCache
 from model.transformer import Transformer
 
@@ -56,7 +56,7 @@ def by_draft(
     vocab_size: int,
     width: int,
     eos: tuple[int, ...],
-) -> tuple[jax.Array, list[New], jax.Array]:
+) -> tuple[jax.Array, list[NewKV], jax.Array]:
     """int32 [B, num]: what the draft draws after `token_B`, under each row's settings and noise.
 
     With it what its cache will lack of these tokens, and their hidden states [B, num + 1, D]. The

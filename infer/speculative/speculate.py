@@ -28,13 +28,13 @@ from core.sharding import Rules
 from infer import load, steps
 from infer.config import DecodeConfig
 from infer.engine import Engine, ahead
-from infer.load import Found
-from infer.prefix import Reader
-from infer.rows import Row
+from infer.load import BundleInfo
+from infer.prefix import PrefixCache
+from infer.rows import Request
 from infer.speculative import guess
 from infer.steps import Made, State
 from model.attention.mask import Positions
-from model.cache.form import Form
+from model.cache.form import CacheConfig
 from model.cache.kv_cache import KVCache
 from model.transformer import Transformer
 
@@ -43,7 +43,7 @@ ROUNDS = 4  # steps of the model in a call of the loop
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Guessing:
+class Speculation:
     """Between two calls of the loop. The last token of a row is drawn, but not in the cache."""
 
     state: State
@@ -54,7 +54,7 @@ class Guessing:
 
 def begin(
     model: Transformer, state: State, tokens_BS: jax.Array | None, draft: KVCache | None, **static
-) -> tuple[Guessing, Made]:
+) -> tuple[Speculation, Made]:
     """The first token of each row, from the state after its prompt."""
     rules, eos = model.rules, static["eos"]
     logits_BV = jax.sharding.reshard(model.logits(state.prefilled.last_BD), rules("batch", None))
@@ -67,13 +67,13 @@ def begin(
 
 def advance(
     models: tuple[Transformer, Transformer | None],
-    now: Guessing,
+    now: Speculation,
     stopped_B: jax.Array,
     *,
     guesses: int,
     ngram: int,
     **static,
-) -> tuple[Guessing, jax.Array, Made, jax.Array]:
+) -> tuple[Speculation, jax.Array, Made, jax.Array]:
     """(state, whether all rows have ended, tokens [B, ROUNDS * (guesses + 1)] with -1 between them,
     [guesses made, guesses right, rows that a step grew]).
     """
@@ -105,11 +105,11 @@ def advance(
 
 def _check(
     models: tuple[Transformer, Transformer | None],
-    now: Guessing,
+    now: Speculation,
     guesses: int,
     ngram: int,
     static: dict[str, Any],
-) -> tuple[Guessing, Made, jax.Array]:
+) -> tuple[Speculation, Made, jax.Array]:
     """One step of the model: guesses, what is drawn after each, and as much of it as is right."""
     (model, draft), state, eos = models, now.state, static["eos"]
     limit_B = state.packed.max_tokens_B
@@ -192,7 +192,7 @@ def _after(
     tokens_BS: jax.Array | None,
     draft: KVCache | None,
     eos: tuple[int, ...],
-) -> Guessing:
+) -> Speculation:
     """The state with these tokens more, of which those that are out count."""
     made_B = state.made_B + out_BT.sum(axis=1)
     counts = state.counts
@@ -206,16 +206,18 @@ def _after(
     ended_B = (out_BT & steps.is_end(made.tokens_BC, eos)).any(axis=1)
     done_B = state.done_B | ended_B | (made_B >= state.packed.max_tokens_B)
     state = dataclasses.replace(state, made_B=made_B, done_B=done_B, counts=counts)
-    return Guessing(state, last_B, tokens_BS, draft)
+    return Speculation(state, last_B, tokens_BS, draft)
 
 
-def find_draft(config: DecodeConfig, found: Found, rows: Sequence[Row]) -> Found | None:
+def find_draft(
+    config: DecodeConfig, found: BundleInfo, rows: Sequence[Request]
+) -> BundleInfo | None:
     """The draft bundle of the `decode` section, if it names one.
 
     UserError where it or the model, whose bundle is `found`, cannot speculate on these rows.
     """
     draft = load.find(config.draft, config.draft_step, config.dtype) if config.draft else None
-    form = Form.of(config)
+    form = CacheConfig.of(config)
     for each in (found, draft):
         prefix = max((spec.prefix for spec in each.config.pattern), default=0) if each else 0
         if config.speculate and prefix > 1:
@@ -241,7 +243,7 @@ def find_draft(config: DecodeConfig, found: Found, rows: Sequence[Row]) -> Found
     return draft
 
 
-def _vocabulary(found: Found) -> str:
+def _vocabulary(found: BundleInfo) -> str:
     if found.tokenizer is None:
         return f"{found.config.vocab_size} ids, no tokenizer"
     return f"{found.tokenizer.vocab_size} tokens, {found.tokenizer.fingerprint[:12]}"
@@ -250,7 +252,7 @@ def _vocabulary(found: Found) -> str:
 class Speculator:
     """The decode loop of an engine with guesses; `tally` counts what became of them."""
 
-    def __init__(self, engine: Engine, guesses: int, ngram: int, draft: Reader | None = None):
+    def __init__(self, engine: Engine, guesses: int, ngram: int, draft: PrefixCache | None = None):
         """`guesses` tokens a step; by a draft that reads the same prompts, else by n-grams."""
         self.engine, self.draft = engine, draft
         self.tally = np.zeros(3, np.int64)  # guesses, those that were right, steps of rows
@@ -261,13 +263,13 @@ class Speculator:
 
     @classmethod
     def of(
-        cls, config: DecodeConfig, reader: Reader, draft: Transformer | None = None
+        cls, config: DecodeConfig, reader: PrefixCache, draft: Transformer | None = None
     ) -> "Speculator":
         """Builds what the `decode` section asks for, for the prompts of `reader`."""
         engine, of_draft = reader.engine, None
         if draft is not None:
             small = Engine(draft, engine.plan, form=engine.form, programs=engine.programs)
-            of_draft = Reader(small, reader.prompts, reader.new, config.share_prefix)
+            of_draft = PrefixCache(small, reader.prompts, reader.new, config.share_prefix)
         return cls(engine, config.speculate, config.ngram, of_draft)
 
     def read(self, part: slice) -> KVCache | None:
@@ -295,7 +297,7 @@ class Speculator:
             self.tally += tally
             yield made
 
-    def advance(self, now: Guessing, stopped_B: np.ndarray) -> tuple[Guessing, tuple]:
+    def advance(self, now: Speculation, stopped_B: np.ndarray) -> tuple[Speculation, tuple]:
         """One call of the loop, under way when this returns; `now` is used up."""
         args = self.models, now, self.engine.place(stopped_B.copy())
         now, *out = self.engine.programs.run(("guess",), self._advance, *args)

@@ -11,7 +11,7 @@ from model.attention import blocks
 from model.attention.block_topk import select
 from model.attention.mask import Positions
 from model.attention.spec import AttentionSpec, Heads
-from model.attention.strategies.table import Call
+from model.attention.strategies.table import AttentionCall
 
 
 def attend(
@@ -34,7 +34,7 @@ def attend(
             "kind='stream' is how a cache is read, and there is none here: take kind='full' or "
             "'sliding' in model.pattern, and set cache_window and cache_sinks when decoding"
         )
-    attention = Call.of(q_BTNH, k_BTKH, at, spec, kernel, rules).way.attention
+    attention = AttentionCall.of(q_BTNH, k_BTKH, at, spec, kernel, rules).way.attention
     q_spec = rules("batch", "length", "act_heads", None)
     kv_spec = rules("batch", "length", "act_kv_heads", None)
     at_spec = jax.tree.map(lambda _: rules("batch", "length"), at)

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from model.attention.mask import Mask, Positions
 from model.attention.spec import Heads
 
-Part = tuple[jax.Array, jax.Array]
+PartialSoftmax = tuple[jax.Array, jax.Array]
 
 
-class Pair(NamedTuple):
+class MaskedKernel(NamedTuple):
     """HOW: the forward and the backward of a kernel, for one kind of attention."""
 
     kernel: ModuleType
@@ -25,7 +25,7 @@ class Pair(NamedTuple):
 
     def forward(
         self, q_BTNH, k_BSKH, v_BSKH, heads: Heads, q_at: Positions, k_at: Positions
-    ) -> Part:
+    ) -> PartialSoftmax:
         """(out [B, T, N, H], lse [B, T, N]) float32 over these keys; no sink is among them."""
         how = dict(scale=self.scale, softcap=self.softcap, slope_N=heads.slope_N)
         return self.kernel.forward(q_BTNH, k_BSKH, v_BSKH, q_at, k_at, self.mask, **how)
@@ -45,7 +45,7 @@ class Pair(NamedTuple):
         return self.kernel.backward(q_BTNH, k_BSKH, v_BSKH, q_at, k_at, self.mask, *done, **how)
 
 
-def merge(a: Part, b: Part) -> Part:
+def merge(a: PartialSoftmax, b: PartialSoftmax) -> PartialSoftmax:
     """(out, lse), float32, over the keys of both parts; each is (out [..., H], lse [...])."""
     lse = jnp.logaddexp(a[1], b[1])
     # A query that saw no key in either part has lse -inf: keep -inf - -inf out.
@@ -59,7 +59,7 @@ def delta(out_BTNH: jax.Array, dout_BTNH: jax.Array) -> jax.Array:
     return (out_BTNH.astype(jnp.float32) * dout_BTNH.astype(jnp.float32)).sum(-1)
 
 
-def add_sink(part: Part, heads: Heads) -> Part:
+def add_sink(part: PartialSoftmax, heads: Heads) -> PartialSoftmax:
     """`part` with the learned sink among the keys: once, after all of them (its value is zero)."""
     out_BTNH, lse_BTN = part
     if heads.sink_N is None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from core.sharding import Rules
 from model.attention import attend, blocks
 from model.attention.block_topk import select
-from model.attention.blocks import Pair
+from model.attention.blocks import MaskedKernel
 from model.attention.kernels import table as kernels
 from model.attention.mask import Full, Positions
 from model.attention.spec import AttentionSpec, Heads, sliding
@@ -35,7 +35,7 @@ class Compressor(NamedTuple):
         return (1 + self.place_CH.astype(jnp.float32)) / len(self.place_CH)
 
     def __call__(
-        self, x_BTKH: jax.Array, at: Positions, of: select.Slots, axes: tuple[str, ...]
+        self, x_BTKH: jax.Array, at: Positions, of: select.BlockIndex, axes: tuple[str, ...]
     ) -> jax.Array:
         """[B, Z, K, H] in the dtype of `x`, from float32 sums."""
         return self.finish(select.pooled(x_BTKH, at, of, self.weight_CH, axes), x_BTKH.dtype)
@@ -79,7 +79,7 @@ def _compressed(q_BTNH, k_BTKH, v_BTKH, compressors, at, spec, *, kernel, rules)
     """(out [B, T, N, H] of the compressed branch, the blocks chosen by it [B, T, K, top])."""
     axes = rules.axes("length")
     how = kernels.kernel_of(kernel, q_BTNH.shape[1] // rules.size("length"))
-    pair = Pair(how, Full(), q_BTNH.shape[-1] ** -0.5, spec.softcap)
+    pair = MaskedKernel(how, Full(), q_BTNH.shape[-1] ** -0.5, spec.softcap)
 
     def of_device(q_BTNH, k_BTKH, v_BTKH, compressors, at):
         of = select.slots(at, spec.compress, spec.step, axes)

@@ -28,7 +28,7 @@ class Heads(NamedTuple):
 
     sink_N: jax.Array | None = None  # float32, learned logit of a key of value zero (gpt-oss)
     slope_N: jax.Array | None = None  # float32, ALiBi: score - slope * distance
-    chosen: Any = None  # int32 [B, T, M, C], blocks that a query sees, or Pairs (pairs.py)
+    chosen: Any = None  # int32 [B, T, M, C], blocks that a query sees, or RoutingPairs
 
 
 Kind = Literal[

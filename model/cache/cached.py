@@ -16,12 +16,12 @@ from core.config import Unsupported
 from core.sharding import Rules
 from model.attention import blocks
 from model.attention.attend import heads_sharding
-from model.attention.blocks import Pair, Part
+from model.attention.blocks import MaskedKernel, PartialSoftmax
 from model.attention.mask import Positions
 from model.attention.spec import AttentionSpec, Heads
-from model.attention.strategies.table import Call
+from model.attention.strategies.table import AttentionCall
 from model.cache import flash_decode, quest
-from model.cache.flash_decode import Shard, Stored
+from model.cache.flash_decode import LayerCache, Shard
 
 
 def attend_cached(
@@ -29,7 +29,7 @@ def attend_cached(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     at: Positions,
-    cache: Stored,
+    cache: LayerCache,
     spec: AttentionSpec,
     *,
     kernel: str,
@@ -43,7 +43,7 @@ def attend_cached(
     themselves the new tokens follow `rules.strategy` where `length` is sharded.
     """
     _check(spec, q_BTNH.shape[1])
-    call = Call.of(q_BTNH, k_BTKH, at, spec, kernel, rules)
+    call = AttentionCall.of(q_BTNH, k_BTKH, at, spec, kernel, rules)
     see_new = call.way.part
 
     def of_device(q_BTNH, k_BTKH, v_BTKH, heads, at, cache):
@@ -62,7 +62,7 @@ def over_shards(
     v_BTKH: jax.Array,
     heads: Heads,
     at: Positions,
-    cache: Stored,
+    cache: LayerCache,
     rules: Rules,
 ) -> jax.Array:
     """out [B, T, N, H] of `of_device`, which each device calls with its own of the arrays."""
@@ -76,8 +76,13 @@ def over_shards(
 
 
 def see_old(
-    q_BTNH: jax.Array, cache: Stored, heads: Heads, at: Positions, pair: Pair, rules: Rules
-) -> Part:
+    q_BTNH: jax.Array,
+    cache: LayerCache,
+    heads: Heads,
+    at: Positions,
+    pair: MaskedKernel,
+    rules: Rules,
+) -> PartialSoftmax:
     """(out, lse) of this device's queries over the stored keys of all shards."""
     cache = cache._replace(live_B=Shard.here(rules).count(cache.live_B))
     q_BTNH, at = everywhere((q_BTNH, at), rules)
@@ -94,7 +99,7 @@ def everywhere(tree, rules: Rules):
     return jax.tree.map(lambda x: jax.lax.all_gather(x, axes, axis=1, tiled=True), tree)
 
 
-def merge_shards(part: Part, rules: Rules) -> Part:
+def merge_shards(part: PartialSoftmax, rules: Rules) -> PartialSoftmax:
     """`part` [B, T, ...] of all queries on each device, merged over the shards of the cache.
 
     Sums of what is shifted by the largest log-sum-exp: two passes over the mesh, and no device

@@ -11,15 +11,15 @@ import jax.numpy as jnp
 from core.sharding import Rules
 from model.attention import attend, blocks
 from model.attention.block_topk import select
-from model.attention.blocks import Pair, Part
+from model.attention.blocks import MaskedKernel, PartialSoftmax
 from model.attention.mask import Positions
 from model.attention.nsa import Compressor
 from model.attention.spec import AttentionSpec, Heads, sliding
-from model.attention.strategies.table import Call
+from model.attention.strategies.table import AttentionCall
 from model.cache import cached_select
 from model.cache.cached import everywhere, merge_shards, see_old
 from model.cache.cached_select import Cached
-from model.cache.flash_decode import New, Stored
+from model.cache.flash_decode import LayerCache, NewKV
 
 
 def moba_cached(
@@ -27,15 +27,15 @@ def moba_cached(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     at: Positions,
-    cache: Stored,
+    cache: LayerCache,
     spec: AttentionSpec,
     *,
     kernel: str,
     rules: Rules,
     heads: Heads,
-) -> tuple[jax.Array, New]:
+) -> tuple[jax.Array, NewKV]:
     """(out [B, T, N, H], mean keys of the blocks that are whole now)."""
-    call = Call.of(q_BTNH, k_BTKH, at, spec, kernel, rules)
+    call = AttentionCall.of(q_BTNH, k_BTKH, at, spec, kernel, rules)
 
     def of_device(q_BTNH, k_BTKH, v_BTKH, heads, at, stored):
         heads = jax.tree.map(lambda x_N: blocks.vary(x_N, q_BTNH), heads)
@@ -49,7 +49,7 @@ def moba_cached(
         chosen = select.best_of_moba(scores, at_all, _every(scores), spec.block, spec.top)
         part = _see_chosen(cached, call, (q_BTNH, k_BTKH, v_BTKH), heads, chosen)
         out_BTNH = blocks.add_sink(part, heads)[0].astype(q_BTNH.dtype)
-        return out_BTNH, New(mean_BEKH, mean_BEKH[..., :0], at=new_at)
+        return out_BTNH, NewKV(mean_BEKH, mean_BEKH[..., :0], at=new_at)
 
     return _sharded(of_device, rules, heads, cache)(q_BTNH, k_BTKH, v_BTKH, heads, at, cache)
 
@@ -61,14 +61,14 @@ def nsa_cached(
     gates_BTN3: jax.Array,
     compressors: tuple[Compressor, Compressor],
     at: Positions,
-    cache: Stored,
+    cache: LayerCache,
     spec: AttentionSpec,
     *,
     kernel: str,
     rules: Rules,
-) -> tuple[jax.Array, New]:
+) -> tuple[jax.Array, NewKV]:
     """(out [B, T, N, H], compressed keys and values of the blocks that are whole now)."""
-    call = Call.of(q_BTNH, k_BTKH, at, spec, kernel, rules)
+    call = AttentionCall.of(q_BTNH, k_BTKH, at, spec, kernel, rules)
     near = call._replace(spec=sliding(spec.window, softcap=spec.softcap))
 
     def of_device(q_BTNH, k_BTKH, v_BTKH, both, at, stored):
@@ -90,7 +90,9 @@ def nsa_cached(
     return _sharded(of_device, rules, both, cache)(q_BTNH, k_BTKH, v_BTKH, both, at, cache)
 
 
-def _see_compressed(cached: Cached, pair: Pair, qkv, compressors) -> tuple[Part, jax.Array, New]:
+def _see_compressed(
+    cached: Cached, pair: MaskedKernel, qkv, compressors
+) -> tuple[PartialSoftmax, jax.Array, NewKV]:
     """((out, lse) of the compressed branch, importance of blocks to all queries, what is new)."""
     spec, whole = cached.spec, cached.stored.blocks
     q_BTNH, *kv_BTKH = qkv
@@ -110,10 +112,10 @@ def _see_compressed(cached: Cached, pair: Pair, qkv, compressors) -> tuple[Part,
     part = blocks.merge(old, pair.forward(q_BTNH, k_BEKH, v_BEKH, Heads(), at, new_at))
     q_all_BTNH, lse_all_BTN, at_all = everywhere((q_BTNH, part[1], at), cached.rules)
     scores = cached_select.nsa_scores(q_all_BTNH, cached, pair, lse_all_BTN, at_all, k_BEKH, new_at)
-    return part, scores, New(k_BEKH, v_BEKH, at=new_at)
+    return part, scores, NewKV(k_BEKH, v_BEKH, at=new_at)
 
 
-def _see_chosen(cached: Cached, call, qkv, heads: Heads, chosen_BTMC: jax.Array) -> Part:
+def _see_chosen(cached: Cached, call, qkv, heads: Heads, chosen_BTMC: jax.Array) -> PartialSoftmax:
     """(out, lse) of the blocks that all queries chose, stored or new."""
     q_BTNH = qkv[0]
     block, T = cached.spec.block, q_BTNH.shape[1]
@@ -128,7 +130,7 @@ def _see_chosen(cached: Cached, call, qkv, heads: Heads, chosen_BTMC: jax.Array)
     return blocks.merge(merge_shards(old, cached.rules), new)
 
 
-def _see_near(cached: Cached, call, qkv) -> Part:
+def _see_near(cached: Cached, call, qkv) -> PartialSoftmax:
     """(out, lse) of the window."""
     window = call.spec.window
     q_all_BTNH, at_all = everywhere((qkv[0], cached.at), cached.rules)
@@ -141,20 +143,20 @@ def _see_near(cached: Cached, call, qkv) -> Part:
     return blocks.merge(merge_shards(old, cached.rules), new)
 
 
-def _every(scores_BTMY: jax.Array) -> select.Slots:
+def _every(scores_BTMY: jax.Array) -> select.BlockIndex:
     """A slot for each block of one text; those that it does not have yet are never chosen."""
     B, *_, Y = scores_BTMY.shape
     number_BY = jnp.broadcast_to(jnp.arange(Y, dtype=jnp.int32)[None], (B, Y))
-    return select.Slots(0, 0, number_BY, jnp.ones_like(number_BY), None, None)
+    return select.BlockIndex(0, 0, number_BY, jnp.ones_like(number_BY), None, None)
 
 
-def _sharded(of_device, rules: Rules, fourth, cache: Stored):
+def _sharded(of_device, rules: Rules, fourth, cache: LayerCache):
     """`of_device` under shard_map; `fourth` is what the layer itself brings."""
     q_spec = rules("batch", "length", "act_heads", None)
     kv_spec = rules("batch", "length", "act_kv_heads", None)
     at_spec = Positions(rules("batch", "length"), rules("batch", "length"))
     block_spec, number = rules("batch", None, "act_kv_heads", None), rules("batch", None)
-    new_spec = New(block_spec, block_spec, at=Positions(number, number))
+    new_spec = NewKV(block_spec, block_spec, at=Positions(number, number))
     if isinstance(fourth, Heads):
         fourth_spec = attend.heads_sharding(fourth, rules)
     else:

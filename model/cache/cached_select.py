@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from core.sharding import Rules
 from model.attention import blocks
 from model.attention.block_topk import select
-from model.attention.blocks import Pair, Part
+from model.attention.blocks import MaskedKernel, PartialSoftmax
 from model.attention.mask import Positions
 from model.attention.spec import AttentionSpec, Heads
 from model.cache import kv_quant
-from model.cache.flash_decode import Shard, Stored
-from model.cache.kv_quant import Kept
+from model.cache.flash_decode import LayerCache, Shard
+from model.cache.kv_quant import KVArray
 
 FETCHED = 2**22  # numbers that are fetched at once: 16 MiB of float32
 
@@ -31,7 +31,7 @@ class Cached(NamedTuple):
 
     spec: AttentionSpec
     rules: Rules
-    stored: Stored
+    stored: LayerCache
     at: Positions  # of the new tokens of this device
 
     @property
@@ -76,7 +76,7 @@ def ended(
     entry_BTW = number_BTW - first_B1[..., None]
     inside_BTW = (at.segments_BT[..., None] > 0) & (entry_BTW >= 0) & (entry_BTW < E)
     entry_BTW = jnp.where(inside_BTW & (number_BTW >= 0), entry_BTW, E)
-    of = select.Slots(size, step, number_BE, whole_BE.astype(jnp.int32), None, entry_BTW)
+    of = select.BlockIndex(size, step, number_BE, whole_BE.astype(jnp.int32), None, entry_BTW)
     sums = []
     for x_BTKH, x_LBKSH, weight_CH in zip(xs_BTKH, stored[:2], weights_CH, strict=False):
         tail_BKJH = fetch(x_LBKSH, stored.layer, tail_BJ[:, None], shard, x_BTKH.dtype)
@@ -98,7 +98,7 @@ def places(start: jax.Array, length: int, shard: Shard) -> tuple[jax.Array, jax.
 
 
 def fetch(
-    held_LBKSH: Kept, layer: jax.Array, position_BMJ: jax.Array, shard: Shard, dtype: jnp.dtype
+    held_LBKSH: KVArray, layer: jax.Array, position_BMJ: jax.Array, shard: Shard, dtype: jnp.dtype
 ) -> jax.Array:
     """[B, K or M, J, H] of what is stored for these positions, M of them or one for all K heads.
 
@@ -115,12 +115,12 @@ def fetch(
 def see_ranges(
     q_BTNH: jax.Array,
     cached: Cached,
-    pair: Pair,
+    pair: MaskedKernel,
     heads: Heads,
     at: Positions,
     starts_BTMC: jax.Array,
     length: int,
-) -> Part:
+) -> PartialSoftmax:
     """(out, lse) over the stored keys of this shard in C ranges of `length` tokens a query.
 
     A range begins at `starts`, and is none where that is less than -length.
@@ -182,7 +182,7 @@ def moba_scores(q_BTNH, cached: Cached, new_BEKH: jax.Array, new_at: Positions) 
 
 
 def nsa_scores(
-    q_BTNH, cached: Cached, pair: Pair, lse_BTN, at: Positions, new_BEKH, new_at: Positions
+    q_BTNH, cached: Cached, pair: MaskedKernel, lse_BTN, at: Positions, new_BEKH, new_at: Positions
 ) -> jax.Array:
     """The importance of each block to each group of heads, float32 [B, T, K, Y]."""
     spec = cached.spec

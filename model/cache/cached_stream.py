@@ -13,14 +13,14 @@ import jax.numpy as jnp
 
 from core.sharding import Rules
 from model.attention import blocks
-from model.attention.blocks import Part
+from model.attention.blocks import PartialSoftmax
 from model.attention.kernels import reference
 from model.attention.mask import Full, Positions
 from model.attention.spec import AttentionSpec, Heads, sliding
-from model.attention.strategies.table import Call
+from model.attention.strategies.table import AttentionCall
 from model.cache import kv_quant
 from model.cache.cached import over_shards, see_old
-from model.cache.flash_decode import Shard, Stored
+from model.cache.flash_decode import LayerCache, Shard
 from model.ops import rope
 
 
@@ -29,7 +29,7 @@ def stream_cached(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     at: Positions,
-    cache: Stored,
+    cache: LayerCache,
     spec: AttentionSpec,
     *,
     kernel: str,
@@ -38,7 +38,7 @@ def stream_cached(
 ) -> jax.Array:
     """out [B, T, N, H], as `attend_cached`; queries and keys are turned by their positions."""
     near = sliding(spec.window, softcap=spec.softcap)
-    call = Call.of(q_BTNH, k_BTKH, at, near, kernel, rules)
+    call = AttentionCall.of(q_BTNH, k_BTKH, at, near, kernel, rules)
     see_new = call.way.part
 
     def of_device(q_BTNH, k_BTKH, v_BTKH, heads, at, cache):
@@ -56,7 +56,7 @@ def stream_cached(
     return over_shards(of_device, q_BTNH, k_BTKH, v_BTKH, heads, at, cache, rules)
 
 
-def _without(cache: Stored, sinks: int) -> Stored:
+def _without(cache: LayerCache, sinks: int) -> LayerCache:
     """`cache` without the first `sinks` tokens of the text."""
     is_sink_BS = cache.positions_BS < sinks
     return cache._replace(positions_BS=jnp.where(is_sink_BS, -1, cache.positions_BS))
@@ -64,7 +64,7 @@ def _without(cache: Stored, sinks: int) -> Stored:
 
 def _see_sinks(
     q_BTNH: jax.Array, kv_BsKH, heads: Heads, at: Positions, kv_at: Positions, spec: AttentionSpec
-) -> Part:
+) -> PartialSoftmax:
     """(out, lse) over the sinks, of which each query sees those that came before it."""
     near_BT = jnp.minimum(at.positions_BT, spec.window + spec.sinks - 1)
     if spec.rope is not None:
@@ -78,7 +78,7 @@ def _see_sinks(
 
 
 def _sinks(
-    k_BTKH: jax.Array, v_BTKH: jax.Array, at: Positions, cache: Stored, sinks: int, rules: Rules
+    k_BTKH: jax.Array, v_BTKH: jax.Array, at: Positions, cache: LayerCache, sinks: int, rules: Rules
 ) -> tuple[list[jax.Array], Positions]:
     """Keys and values of the first `sinks` tokens [B, sinks, K, H], and where they are.
 

@@ -10,11 +10,11 @@ from jax.sharding import PartitionSpec
 
 from core.sharding import Rules, device_kind
 from model.attention import blocks
-from model.attention.blocks import Pair
+from model.attention.blocks import MaskedKernel
 from model.attention.mask import Positions
 from model.attention.spec import Heads
 from model.cache import kv_quant
-from model.cache.kv_quant import Kept, Quantised
+from model.cache.kv_quant import KVArray, QuantisedKV
 
 BLOCK = 512  # keys a step: scores of one query and 32 heads stay in cache
 FEW = 8  # queries at a time, for which the scores of all keys fit beside these
@@ -41,15 +41,15 @@ class Pages:
         return dataclasses.replace(self, low_LBKZH=low_LBKZH, high_LBKZH=high_LBKZH)
 
 
-class Stored(NamedTuple):
+class LayerCache(NamedTuple):
     """One layer's view of a stacked cache; the layers are not copied apart."""
 
-    k_LBKSH: Kept
-    v_LBKSH: Kept
+    k_LBKSH: KVArray
+    v_LBKSH: KVArray
     positions_BS: jax.Array  # int32; -1 where nothing is stored
     layer: jax.Array  # int32, which of the L layers
     live_B: jax.Array  # int32, slots 0..live-1 of the row may hold something
-    blocks: "Stored | None" = None  # the text's whole blocks, for kinds that choose among them
+    blocks: "LayerCache | None" = None  # the text's whole blocks, for kinds that choose among them
     pages: Pages | None = None  # of a cache of which new tokens read a part (quest.py)
 
     def as_read(self, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -59,22 +59,22 @@ class Stored(NamedTuple):
         """
         return kv_quant.as_read(k_BTKH, self.k_LBKSH), kv_quant.as_read(v_BTKH, self.v_LBKSH)
 
-    def sharding(self, rules: Rules) -> "Stored":
+    def sharding(self, rules: Rules) -> "LayerCache":
         """The PartitionSpec of each field."""
         kv = rules(None, "batch", "act_kv_heads", "kv_length", None)
         of_blocks = None if self.blocks is None else self.blocks.sharding(rules)
         k, v = (kv_quant.sharding(x, kv) for x in self[:2])
         at, rows = rules("batch", "kv_length"), rules("batch")
         pages = jax.tree.map(lambda _: kv, self.pages)
-        return Stored(k, v, at, PartitionSpec(), rows, of_blocks, pages)
+        return LayerCache(k, v, at, PartitionSpec(), rows, of_blocks, pages)
 
 
-class New(NamedTuple):
+class NewKV(NamedTuple):
     """The keys and values that one layer adds, [B, T, K, H]; stacked once all layers have run."""
 
     k_BTKH: jax.Array
     v_BTKH: jax.Array
-    blocks: "New | None" = None  # [B, E, K, H], equal on all shards of the length
+    blocks: "NewKV | None" = None  # [B, E, K, H], equal on all shards of the length
     at: Positions | None = None  # of blocks, [B, E]: their number, and segment 0 for none
 
 
@@ -101,14 +101,14 @@ class Shard(NamedTuple):
 
 def forward(
     q_BTNH: jax.Array,
-    cache: Stored,
+    cache: LayerCache,
     heads: Heads,
     q_at: Positions,
-    pair: Pair,
+    pair: MaskedKernel,
 ) -> tuple[jax.Array, jax.Array]:
     """(out [B, T, N, H] float32, lse [B, T, N] float32) over the stored keys alone."""
     T, S = q_BTNH.shape[1], cache.k_LBKSH.shape[3]
-    whole = device_kind() == "cpu" and not any(isinstance(x, Quantised) for x in cache[:2])
+    whole = device_kind() == "cpu" and not any(isinstance(x, QuantisedKV) for x in cache[:2])
     if not whole or T > FEW or S <= BLOCK:
         return _walk(q_BTNH, cache, heads, q_at, pair, min(BLOCK, S))
     # XLA's CPU backend copies a block before it multiplies it, but not the whole of an array.
@@ -118,7 +118,12 @@ def forward(
 
 
 def _walk(
-    q_BTNH: jax.Array, cache: Stored, heads: Heads, q_at: Positions, pair: Pair, block: int
+    q_BTNH: jax.Array,
+    cache: LayerCache,
+    heads: Heads,
+    q_at: Positions,
+    pair: MaskedKernel,
+    block: int,
 ) -> tuple[jax.Array, jax.Array]:
     """`forward`, so many keys at a time."""
     B, T, N, H = q_BTNH.shape
@@ -188,7 +193,7 @@ def stored_at(position_BS: jax.Array) -> Positions:
 
 
 def _layer_block(
-    kept: Kept, layer: jax.Array, start: jax.Array, block: int, dtype: jnp.dtype
+    kept: KVArray, layer: jax.Array, start: jax.Array, block: int, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array | None]:
     """([B, K, C, H], the scales [B, K, 1, 1, C] of what is quantised)."""
 
@@ -198,5 +203,5 @@ def _layer_block(
         return jax.lax.dynamic_slice(x_LBKS, start_at, (1, B, K, block, *widths))[0]
 
     part = jax.tree.map(cut, kept)
-    scale = part.scale[:, :, None, None] if isinstance(part, Quantised) else None
+    scale = part.scale[:, :, None, None] if isinstance(part, QuantisedKV) else None
     return kv_quant.levels(part, kv_quant.product_dtype(part, dtype)), scale

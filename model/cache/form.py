@@ -1,6 +1,6 @@
-"""`Form`: how a cache keeps keys and values, and how decoding reads them.
+"""`CacheConfig`: how a cache keeps keys and values, and how decoding reads them.
 
-Form(k_cache="int8", v_cache="int4")
+CacheConfig(k_cache="int8", v_cache="int4")
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ BITS = {"int8": 8, "int4": 4}
 
 
 @dataclasses.dataclass(frozen=True)
-class Form(Section):
+class CacheConfig(Section):
     """Frozen and hashable; the default keeps every key and value as it was computed."""
 
     EXCLUSIVE = (
@@ -71,7 +71,7 @@ class Form(Section):
             )
 
     @classmethod
-    def of(cls, section: "Form") -> "Form":
+    def of(cls, section: "CacheConfig") -> "CacheConfig":
         """The fields of a section that has these and others."""
         return cls(**{f.name: getattr(section, f.name) for f in dataclasses.fields(cls)})
 

@@ -20,33 +20,35 @@ from core.sharding import Rules, device_kind
 from model.attention.mask import Positions
 from model.attention.spec import AttentionSpec
 from model.cache import kv_quant
-from model.cache.flash_decode import New, Pages, Shard, Stored
-from model.cache.form import BITS, Form, Numbers
-from model.cache.kv_quant import Kept
+from model.cache.flash_decode import LayerCache, NewKV, Pages, Shard
+from model.cache.form import BITS, CacheConfig, Numbers
+from model.cache.kv_quant import KVArray
 from model.config import ModelConfig
 
-PLAIN = Form()
+PLAIN = CacheConfig()
 
 Space = jax.memory.Space
-Fetched = tuple[Kept, Kept] | None  # one layer's keys and values
+Fetched = tuple[KVArray, KVArray] | None  # one layer's keys and values
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Slot:
+class LayerStack:
     """Keys and values of the L layers of one pattern slot; room for S tokens a row, over shards."""
 
-    k_LBKSH: Kept
-    v_LBKSH: Kept
+    k_LBKSH: KVArray
+    v_LBKSH: KVArray
     positions_BS: jax.Array  # int32, -1 where nothing is stored
     sinks: int = dataclasses.field(default=0, metadata=dict(static=True))  # kept on each shard
-    blocks: "Slot | None" = None  # of kinds that choose: the text's whole blocks, as its tokens
+    blocks: "LayerStack | None" = (
+        None  # of kinds that choose: the text's whole blocks, as its tokens
+    )
     pages: Pages | None = None  # of a cache of which new tokens read a part
     host: bool = dataclasses.field(default=False, metadata=dict(static=True))  # where K and V are
 
     def write(
         self, k_LBTKH: jax.Array, v_LBTKH: jax.Array, at: Positions, seen_B: jax.Array, shard: Shard
-    ) -> "Slot":
+    ) -> "LayerStack":
         """Stores, in the part `shard`, its own of the new tokens that are still within reach
         after `seen_B` tokens a row. Runs on one device, which sees that part alone.
         """
@@ -73,7 +75,7 @@ class Slot:
             layer, row, _, head = jnp.ogrid[:L, :B, :1, :K]
             return _set(x_LBKSH, new_LBTKH, (layer, row, head, index_BT[None, :, :, None]))
 
-        def add(held: Kept, new_LBTKH: jax.Array) -> Kept:
+        def add(held: KVArray, new_LBTKH: jax.Array) -> KVArray:
             return jax.tree.map(put, held, kv_quant.like(new_LBTKH, held))
 
         place = jnp.arange(B)[:, None], index_BT
@@ -83,14 +85,14 @@ class Slot:
         kept = dict(k_LBKSH=k_LBKSH, v_LBKSH=v_LBKSH, positions_BS=positions_BS, pages=pages)
         return dataclasses.replace(self, **kept)
 
-    def sharding(self, rules: Rules) -> "Slot":
+    def sharding(self, rules: Rules) -> "LayerStack":
         """The PartitionSpec of each array."""
         kv = rules(None, "batch", "act_kv_heads", "kv_length", None)
         of_blocks = None if self.blocks is None else self.blocks.sharding(rules)
         k, v = (kv_quant.sharding(x, kv) for x in (self.k_LBKSH, self.v_LBKSH))
         pages = jax.tree.map(lambda _: kv, self.pages)
         at = rules("batch", "kv_length")
-        return Slot(k, v, at, self.sinks, of_blocks, pages, self.host)
+        return LayerStack(k, v, at, self.sinks, of_blocks, pages, self.host)
 
     @property
     def token_bytes(self) -> int:
@@ -104,16 +106,16 @@ class Slot:
 class KVCache:
     """All slots, stage by stage, and how many tokens each row has seen."""
 
-    slots: tuple[Slot, ...]
+    slots: tuple[LayerStack, ...]
     seen_B: jax.Array  # int32
 
-    def stored(self, slot: int, layer: jax.Array, fetched: Fetched = None) -> Stored:
+    def stored(self, slot: int, layer: jax.Array, fetched: Fetched = None) -> LayerCache:
         """Returns the view of a layer of `slot`; `fetched` is the result of `fetch` for it."""
 
-        def stored(slot: Slot) -> Stored:
+        def stored(slot: LayerStack) -> LayerCache:
             of_blocks = None if slot.blocks is None else stored(slot.blocks)
             arrays = slot.k_LBKSH, slot.v_LBKSH, slot.positions_BS
-            return Stored(*arrays, layer, self.seen_B, of_blocks, slot.pages)
+            return LayerCache(*arrays, layer, self.seen_B, of_blocks, slot.pages)
 
         view = stored(self.slots[slot])
         if fetched is None:
@@ -135,7 +137,7 @@ class KVCache:
         parts = jax.tree.map(one, (held.k_LBKSH, held.v_LBKSH))
         return jax.device_put(parts, Space.Device)
 
-    def write(self, new: list[New], at: Positions, rules: Rules) -> "KVCache":
+    def write(self, new: list[NewKV], at: Positions, rules: Rules) -> "KVCache":
         """The cache after the tokens at `at`; `new` is stacked over the layers of each slot.
 
         Every shard takes its own of the tokens that it is shown: all where `length` is whole, and
@@ -149,7 +151,7 @@ class KVCache:
         def write(cache, new, at):
             shard = Shard.here(rules)
 
-            def add(slot: Slot, x: New) -> Slot:
+            def add(slot: LayerStack, x: NewKV) -> LayerStack:
                 slot = slot.write(x.k_BTKH, x.v_BTKH, at, cache.seen_B, shard)
                 if slot.blocks is None:
                     return slot
@@ -171,12 +173,12 @@ class KVCache:
         )(KVCache(self.slots, seen_B), new, at._replace(until_BT=None))
 
 
-def _new_sharding(new: New, rules: Rules) -> New:
+def _new_sharding(new: NewKV, rules: Rules) -> NewKV:
     tokens = rules(None, "batch", "length", "act_kv_heads", None)
     if new.blocks is None:
-        return New(tokens, tokens)
+        return NewKV(tokens, tokens)
     of_block, place = rules(None, "batch", None, "act_kv_heads", None), rules(None, "batch", None)
-    return New(tokens, tokens, New(of_block, of_block, at=Positions(place, place)))
+    return NewKV(tokens, tokens, NewKV(of_block, of_block, at=Positions(place, place)))
 
 
 def deal(x_BT: jax.Array, start: jax.Array, rules: Rules) -> jax.Array:
@@ -205,7 +207,7 @@ def _set(x: jax.Array, new: jax.Array, place: tuple[jax.Array, ...]) -> jax.Arra
 
 
 def slot_sizes(
-    config: ModelConfig, length: int, shards: int, form: Form = PLAIN
+    config: ModelConfig, length: int, shards: int, form: CacheConfig = PLAIN
 ) -> list[tuple[int, int, int]]:
     """(layers, sinks, tokens kept with them), on each shard, of each slot for texts of `length`."""
     whole = math.ceil(length / shards)
@@ -229,7 +231,9 @@ def _blocks(spec: AttentionSpec, length: int) -> int:
     return max(0, (length - size) // step + 1) if spec.top else 0
 
 
-def kv_bytes(config: ModelConfig, batch: int, length: int, rules: Rules, form: Form = PLAIN) -> int:
+def kv_bytes(
+    config: ModelConfig, batch: int, length: int, rules: Rules, form: CacheConfig = PLAIN
+) -> int:
     """Bytes of keys and values, and of what chooses among them, that `create` allocates, over all
     devices.
     """
@@ -239,7 +243,7 @@ def kv_bytes(config: ModelConfig, batch: int, length: int, rules: Rules, form: F
 
 
 def create(
-    config: ModelConfig, batch: int, length: int, rules: Rules, form: Form = PLAIN
+    config: ModelConfig, batch: int, length: int, rules: Rules, form: CacheConfig = PLAIN
 ) -> KVCache:
     """An empty cache of this form for `batch` rows of up to `length` tokens.
 
@@ -250,20 +254,20 @@ def create(
     shards = rules.size("kv_length")
     dtype = jnp.float32 if device_kind() == "cpu" else config.compute_dtype
 
-    def kept(shape: tuple[int, ...], kind: Numbers) -> Kept:
+    def kept(shape: tuple[int, ...], kind: Numbers) -> KVArray:
         if kind == "compute":
             return jnp.zeros(shape, dtype, out_sharding=kv)
         return kv_quant.zeros(shape, BITS[kind], kv)
 
-    def slot(layers: int, sinks: int, size: int, spec: AttentionSpec, make) -> Slot:
+    def slot(layers: int, sinks: int, size: int, spec: AttentionSpec, make) -> LayerStack:
         size *= shards
         K, H = config.kv_shape(spec)
         k, v = make((layers, batch, max(K, rules.size("act_kv_heads")), size, H))
         sharding = rules("batch", "kv_length")
         at = jnp.full((batch, size), -1, jnp.int32, out_sharding=sharding)
-        return Slot(k, v, at, sinks)
+        return LayerStack(k, v, at, sinks)
 
-    def on_host(made: Slot) -> Slot:
+    def on_host(made: LayerStack) -> LayerStack:
         k, v = jax.device_put((made.k_LBKSH, made.v_LBKSH), Space.Host)
         return dataclasses.replace(made, k_LBKSH=k, v_LBKSH=v, host=True)
 
@@ -286,7 +290,7 @@ def create(
         shapes = shape, (*shape[:-1], 0)
         return tuple(jnp.zeros(shape, jnp.float32, out_sharding=kv) for shape in shapes)
 
-    def with_blocks(sizes: tuple[int, int, int], spec: AttentionSpec) -> Slot:
+    def with_blocks(sizes: tuple[int, int, int], spec: AttentionSpec) -> LayerStack:
         made = slot(*sizes, spec, tokens)
         if form.hosts(spec):
             made = on_host(made)

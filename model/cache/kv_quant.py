@@ -22,7 +22,7 @@ ERROR = {bits: (1 + 2**-8) / (2 * levels) for bits, levels in LEVELS.items()}
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Quantised:
+class QuantisedKV:
     """Vectors [..., H] in `bits`; for 4, byte i of H / 2 has number i in its low half and number
     i + H / 2 in its high one.
     """
@@ -37,10 +37,10 @@ class Quantised:
         return *self.x.shape[:-1], self.x.shape[-1] * 8 // self.bits
 
 
-Kept = jax.Array | Quantised
+KVArray = jax.Array | QuantisedKV
 
 
-def quantise(x: jax.Array, bits: int) -> Quantised:
+def quantise(x: jax.Array, bits: int) -> QuantisedKV:
     """Symmetric: the largest |number| of a vector is the last of the levels."""
     x32 = x.astype(jnp.float32)
     scale = (jnp.abs(x32).max(axis=-1) / LEVELS[bits]).astype(jnp.bfloat16)
@@ -49,12 +49,12 @@ def quantise(x: jax.Array, bits: int) -> Quantised:
     if bits == 4:
         low, high = jnp.split(levels, 2, axis=-1)
         levels = (low & 15) | (high << 4)
-    return Quantised(levels, scale, bits)
+    return QuantisedKV(levels, scale, bits)
 
 
-def levels(held: Kept, dtype: jnp.dtype) -> jax.Array:
+def levels(held: KVArray, dtype: jnp.dtype) -> jax.Array:
     """The integers as `dtype`, which has them all; arrays that are not quantised stay."""
-    if not isinstance(held, Quantised):
+    if not isinstance(held, QuantisedKV):
         return held
     x = held.x
     if held.bits == 4:
@@ -62,24 +62,24 @@ def levels(held: Kept, dtype: jnp.dtype) -> jax.Array:
     return x.astype(dtype)
 
 
-def product_dtype(held: Kept, dtype: jnp.dtype) -> jnp.dtype:
+def product_dtype(held: KVArray, dtype: jnp.dtype) -> jnp.dtype:
     """In which it is multiplied with what is `dtype`: its own, where it has one. CPUs have kernels
     for float32 alone.
     """
-    if isinstance(held, Quantised):
+    if isinstance(held, QuantisedKV):
         return jnp.dtype(jnp.float32) if device_kind() == "cpu" else dtype
     return held.dtype
 
 
-def dequantise(held: Kept, dtype: jnp.dtype) -> jax.Array:
+def dequantise(held: KVArray, dtype: jnp.dtype) -> jax.Array:
     """The vectors; for few of them."""
-    if not isinstance(held, Quantised):
+    if not isinstance(held, QuantisedKV):
         return held
     x = levels(held, jnp.float32) * held.scale.astype(jnp.float32)[..., None]
     return x.astype(dtype)
 
 
-def as_read(new: jax.Array, held: Kept) -> jax.Array:
+def as_read(new: jax.Array, held: KVArray) -> jax.Array:
     """`new` as it will be read once it is stored in `held`."""
     return dequantise(like(new, held), new.dtype)
 
@@ -89,21 +89,21 @@ def scaled(x: jax.Array, scale: jax.Array | None) -> jax.Array:
     return x if scale is None else x * scale.astype(x.dtype)
 
 
-def like(new: jax.Array, held: Kept) -> Kept:
+def like(new: jax.Array, held: KVArray) -> KVArray:
     """`new` as it is to be stored in `held`."""
-    return quantise(new, held.bits) if isinstance(held, Quantised) else new
+    return quantise(new, held.bits) if isinstance(held, QuantisedKV) else new
 
 
-def sharding(held: Kept, spec: PartitionSpec) -> PartitionSpec | Quantised:
+def sharding(held: KVArray, spec: PartitionSpec) -> PartitionSpec | QuantisedKV:
     """The PartitionSpec of each array, where `spec` is that of the vectors."""
-    if not isinstance(held, Quantised):
+    if not isinstance(held, QuantisedKV):
         return spec
-    return Quantised(spec, PartitionSpec(*spec[:-1]), held.bits)
+    return QuantisedKV(spec, PartitionSpec(*spec[:-1]), held.bits)
 
 
-def zeros(shape: tuple[int, ...], bits: int, spec: PartitionSpec) -> Quantised:
+def zeros(shape: tuple[int, ...], bits: int, spec: PartitionSpec) -> QuantisedKV:
     """Vectors of `shape` that are all zero, where `spec` is their PartitionSpec."""
     *vectors, H = shape
     x = jnp.zeros((*vectors, H * bits // 8), jnp.int8, out_sharding=spec)
     scale = jnp.zeros(vectors, jnp.bfloat16, out_sharding=PartitionSpec(*spec[:-1]))
-    return Quantised(x, scale, bits)
+    return QuantisedKV(x, scale, bits)

@@ -12,17 +12,19 @@ bound crosses the mesh, and all read as much.
 import jax
 import jax.numpy as jnp
 
-from model.attention.blocks import Pair, Part
+from model.attention.blocks import MaskedKernel, PartialSoftmax
 from model.attention.mask import Positions
 from model.attention.spec import Heads
 from model.cache import flash_decode, kv_quant
-from model.cache.flash_decode import Stored
-from model.cache.kv_quant import Kept, Quantised
+from model.cache.flash_decode import LayerCache
+from model.cache.kv_quant import KVArray, QuantisedKV
 
 QUERIES = 8  # of a row at once, at most: more of them would read most pages anyway
 
 
-def forward(q_BTNH: jax.Array, cache: Stored, heads: Heads, q_at: Positions, pair: Pair) -> Part:
+def forward(
+    q_BTNH: jax.Array, cache: LayerCache, heads: Heads, q_at: Positions, pair: MaskedKernel
+) -> PartialSoftmax:
     """(out [B, T, N, H], lse [B, T, N]) float32, as decode.forward, over the pages that count."""
     B, T, N, H = q_BTNH.shape
     _, _, K, S, _ = cache.k_LBKSH.shape
@@ -36,7 +38,7 @@ def forward(q_BTNH: jax.Array, cache: Stored, heads: Heads, q_at: Positions, pai
     best_BKTC, page_BKTC = jax.lax.top_k(bound_BKTZ, cache.pages.count)
     row, head = (x[..., None, None] for x in jnp.ogrid[:B, :K])
 
-    def read(kept: Kept) -> tuple[jax.Array, jax.Array | None]:
+    def read(kept: KVArray) -> tuple[jax.Array, jax.Array | None]:
         def fetch(x_LBKS: jax.Array) -> jax.Array:
             L, *_ = x_LBKS.shape
             paged = x_LBKS.reshape(L, B, K, S // page, page, *x_LBKS.shape[4:])
@@ -44,7 +46,7 @@ def forward(q_BTNH: jax.Array, cache: Stored, heads: Heads, q_at: Positions, pai
             return x_BKTCP.reshape(B, K, T, -1, *x_LBKS.shape[4:])
 
         part = jax.tree.map(fetch, kept)
-        scale = part.scale[:, :, None] if isinstance(part, Quantised) else None
+        scale = part.scale[:, :, None] if isinstance(part, QuantisedKV) else None
         dtype = kv_quant.product_dtype(part, q_BTNH.dtype)
         return kv_quant.levels(part, dtype), scale
 
@@ -76,7 +78,7 @@ def forward(q_BTNH: jax.Array, cache: Stored, heads: Heads, q_at: Positions, pai
 
 
 def _bounds(
-    q_BKGTH: jax.Array, cache: Stored, last_BZ: jax.Array, slope_KG11, q_at_B11T1: jax.Array
+    q_BKGTH: jax.Array, cache: LayerCache, last_BZ: jax.Array, slope_KG11, q_at_B11T1: jax.Array
 ) -> jax.Array:
     """The highest score that a head of the group can have in each page, float32 [B, K, T, Z].
 

@@ -25,7 +25,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 SHOWN = 5  # names in a message
 
 
-class Source(NamedTuple):
+class CheckpointSource(NamedTuple):
     """A checkpoint whose headers agree with its config, whose dtypes are the checkpoint's own."""
 
     config: ModelConfig
@@ -33,7 +33,7 @@ class Source(NamedTuple):
     entries: dict[str, Entry]  # by the names in `tensors`
 
 
-def find(directory: str | Path) -> Source:
+def find(directory: str | Path) -> CheckpointSource:
     """Checks a directory without reading values; UserError names what is wrong with it."""
     directory = Path(directory)
     if not directory.is_dir():
@@ -59,7 +59,7 @@ def find(directory: str | Path) -> Source:
     dtypes = {"bfloat16": "bfloat16", "float32": "float32", "float16": "float32"}
     compute = dtypes.get(families.declared_dtype(config_json), stored)
     config = dataclasses.replace(config, dtype=compute, param_dtype=stored)
-    return Source(config, tensors, entries)
+    return CheckpointSource(config, tensors, entries)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -180,7 +180,7 @@ def check_dtypes(directory: Path, entries: dict[str, Entry]) -> None:
         raise UserError(f"{directory}: {_some(wrong)}; supported are {', '.join(DTYPES)}")
 
 
-def part(tensor: Tensor, index: int, source: Source) -> np.ndarray:
+def part(tensor: Tensor, index: int, source: CheckpointSource) -> np.ndarray:
     """One parameter's values (of one layer, if stacked) out of a tensor, in the file's dtype."""
     return tensor.layout.split(safetensors.read(source.entries[tensor.name]))[index]
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from core.lazy import Stored
+from core.lazy import StoredArray
 from core.storage.files import write_text
 from model.families.tensor import Tensor
 from model.io.checkpoint_files import INDEX, WHOLE
 from model.io.hf_import import Done
-from model.io.safetensors import Writer
+from model.io.safetensors import TensorWriter
 
 
 def shard(tensors: list[Tensor], dtype: np.dtype, limit: float) -> list[list[Tensor]]:
@@ -50,7 +50,7 @@ def save(
     names = [WHOLE] if count == 1 else names
     writers = {}
     for name, held in zip(names, shards, strict=True):
-        writer = Writer(directory / name, {t.name: t.layout.shape for t in held}, dtype)
+        writer = TensorWriter(directory / name, {t.name: t.layout.shape for t in held}, dtype)
         writers.update({tensor.name: writer for tensor in held})
     for group in groups(tensors):
         for tensor, values in joined(step, group):
@@ -68,7 +68,7 @@ def save(
 
 def joined(step: Path, group: list[Tensor]) -> Iterator[tuple[Tensor, np.ndarray]]:
     """Each tensor with its values; all of the group hold the same parameters."""
-    stores = [Stored(step / "model", name) for name in group[0].params]
+    stores = [StoredArray(step / "model", name) for name in group[0].params]
     if group[0].layer is None:
         (tensor,) = group
         yield tensor, tensor.layout.join(*(store.read() for store in stores))

@@ -20,12 +20,12 @@ from jax.sharding import PartitionSpec
 
 from core import tree
 from core.checkpoint import Bundle
-from core.lazy import Lazy
+from core.lazy import StreamedArray
 from core.sharding import Rules
 from model import transformer
 from model.families.tensor import Tensor
 from model.io import checkpoint_files
-from model.io.checkpoint_files import Source
+from model.io.checkpoint_files import CheckpointSource
 from model.sizes import parts as model_parts
 from model.transformer import Transformer
 
@@ -45,7 +45,7 @@ def plan(tensors: list[Tensor]) -> dict[str, list[tuple[Tensor, int]]]:
 
 
 def parts(
-    source: Source, name: str, done: Done = lambda name: None
+    source: CheckpointSource, name: str, done: Done = lambda name: None
 ) -> Iterator[tuple[int | None, np.ndarray]]:
     """The parameter `name`, layer by layer as (layer, values), or at once as (None, values)."""
     for tensor, i in plan(source.tensors)[name]:
@@ -54,10 +54,10 @@ def parts(
             done(tensor.name)
 
 
-def save(source: Source, path: Path, done: Done) -> None:
+def save(source: CheckpointSource, path: Path, done: Done) -> None:
     """Writes the one step of a bundle that is there without steps."""
     leaves = {
-        name: Lazy(leaf.shape, leaf.dtype, functools.partial(parts, source, name, done))
+        name: StreamedArray(leaf.shape, leaf.dtype, functools.partial(parts, source, name, done))
         for name, leaf in model_parts.shapes(source.config).items()
     }
     assert leaves.keys() == plan(source.tensors).keys(), "a family does not name our parameters"

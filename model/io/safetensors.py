@@ -112,7 +112,7 @@ def same(one: Entry, other: Entry) -> bool:
     return True
 
 
-class Writer:
+class TensorWriter:
     """Writes one file, its tensors in any order. Close it: only then is the file whole."""
 
     def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype):

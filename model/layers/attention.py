@@ -13,8 +13,8 @@ from model.attention.spec import AttentionSpec, Heads
 from model.cache.cached import attend_cached
 from model.cache.cached_chosen import moba_cached, nsa_cached
 from model.cache.cached_stream import stream_cached
-from model.cache.flash_decode import New, Stored
-from model.initializers import Maker
+from model.cache.flash_decode import LayerCache, NewKV
+from model.initializers import ParamInit
 from model.layers.norm import Norm, unit_rms
 from model.ops import rope
 from model.ops.linear import add, project
@@ -23,7 +23,7 @@ from model.ops.linear import add, project
 class Attention(nnx.Module):
     """Grouped-query attention with RoPE; K/V heads repeat when the mesh has more shards."""
 
-    def __init__(self, make: Maker, spec: AttentionSpec):
+    def __init__(self, make: ParamInit, spec: AttentionSpec):
         config, rules = make.config, make.rules
         self.config, self.rules, self.spec = config, rules, spec
         D, N = config.embed_dim, config.num_heads
@@ -90,8 +90,8 @@ class Attention(nnx.Module):
         x_BTD: jax.Array,
         at: Positions,
         cos_sin: tuple[jax.Array, jax.Array] | None,
-        cache: Stored | None,
-    ) -> tuple[jax.Array, New]:
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, NewKV]:
         rules = self.rules
         q_BTNH, k_BTKH, v_BTKH = self._qkv(x_BTD, cos_sin)
         seen = (k_BTKH, v_BTKH) if cache is None else cache.as_read(k_BTKH, v_BTKH)
@@ -110,21 +110,21 @@ class Attention(nnx.Module):
             out_BTNH = attend_cached(*qkv, at, cache, self.spec, **how)
         residual = rules("batch", "length", "act_embed")
         out_BTD = add(project("BTNH,NHD->BTD", out_BTNH, self.o_NHD[...], residual), self.o_bias_D)
-        return out_BTD, New(k_BTKH, v_BTKH, of_blocks)
+        return out_BTD, NewKV(k_BTKH, v_BTKH, of_blocks)
 
 
 class Branches(nnx.Module):
     """Gates and compressors of K and V: the parameters of native sparse attention (nsa.py)."""
 
-    def __init__(self, make: Maker, spec: AttentionSpec):
+    def __init__(self, make: ParamInit, spec: AttentionSpec):
         self.config, self.rules, self.spec = make.config, make.rules, spec
         D, N = make.config.embed_dim, make.config.num_heads
         self.gates_DN3 = make.normal(7, (D, N, 3), ("embed", "heads", None))
-        self.keys, self.values = (Compressor(make, spec, index) for index in (8, 11))
+        self.keys, self.values = (CompressorWeights(make, spec, index) for index in (8, 11))
 
     def __call__(
-        self, x_BTD: jax.Array, qkv: tuple[jax.Array, ...], at: Positions, cache: Stored | None
-    ) -> tuple[jax.Array, New | None]:
+        self, x_BTD: jax.Array, qkv: tuple[jax.Array, ...], at: Positions, cache: LayerCache | None
+    ) -> tuple[jax.Array, NewKV | None]:
         gates_BTN3 = jax.nn.sigmoid(project("BTD,DNC->BTNC", x_BTD, self.gates_DN3[...]))
         learned = gates_BTN3, (self.keys(), self.values())
         how = dict(kernel=self.config.attention_kernel, rules=self.rules)
@@ -133,10 +133,10 @@ class Branches(nnx.Module):
         return nsa_cached(*qkv, *learned, at, cache, self.spec, **how)
 
 
-class Compressor(nnx.Module):
+class CompressorWeights(nnx.Module):
     """The weights of one `nsa.Compressor`."""
 
-    def __init__(self, make: Maker, spec: AttentionSpec, index: int):
+    def __init__(self, make: ParamInit, spec: AttentionSpec, index: int):
         _, H = make.config.kv_shape(spec)
         whole = None, None
         self.place_CH = make.normal(index, (spec.compress, H), whole)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.initializers import Maker
+from model.initializers import ParamInit
 from model.ops.linear import add, project
 
 ACTIVATIONS = {
@@ -18,7 +18,7 @@ ACTIVATIONS = {
 class MLP(nnx.Module):
     """act(x G) * (x U) D, the gated linear unit of arXiv 2002.05202, or act(x U) D."""
 
-    def __init__(self, make: Maker):
+    def __init__(self, make: ParamInit):
         config = self.config = make.config
         self.rules = make.rules
         D, F = config.embed_dim, config.mlp_dim

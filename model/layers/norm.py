@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.initializers import Maker
+from model.initializers import ParamInit
 
 
 def unit_rms(x32: jax.Array, eps: float) -> jax.Array:
@@ -15,7 +15,7 @@ def unit_rms(x32: jax.Array, eps: float) -> jax.Array:
 class Norm(nnx.Module):
     """RMSNorm (arXiv 1910.07467) or LayerNorm over the last dim, in float32."""
 
-    def __init__(self, make: Maker, size: int, kind: str):
+    def __init__(self, make: ParamInit, size: int, kind: str):
         self.eps = make.config.norm_eps
         self.offset = 1.0 if kind == "rms_offset" else 0.0
         self.scale_D = make.constant(1.0 - self.offset, size)

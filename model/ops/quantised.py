@@ -1,6 +1,6 @@
 """Weights of few bits: int8 or int4, and a bfloat16 scale for each group of inputs.
 
-    w = quantise(w_DNH, 1, Rounding(bits=4, group=128))
+    w = quantise(w_DNH, 1, QuantConfig(bits=4, group=128))
     y_BTNH = product(x_BTD, w, 1)
 
 Weights alone: activations stay as they are. A weight is Z groups of C inputs by O outputs, rounded
@@ -32,7 +32,7 @@ BLOCK = 256  # inputs at a time on a CPU: their floats stay in its cache
 ROWS = 1024  # rows of a table at a time, for the same reason
 
 
-class Rounding(NamedTuple):
+class QuantConfig(NamedTuple):
     """How weights are rounded."""
 
     bits: int  # 8 or 4
@@ -71,7 +71,7 @@ class Table:
         return self
 
 
-def quantise(w: jax.Array, inputs: int, form: Rounding, layers: bool = False) -> Quantised:
+def quantise(w: jax.Array, inputs: int, form: QuantConfig, layers: bool = False) -> Quantised:
     """Quantises w [*inputs, *outputs], with so many dims of inputs, or [L, *inputs, *outputs]."""
     stack, shape = w.shape[:layers], w.shape[layers:]
     spec = jax.typeof(w).sharding.spec
@@ -94,10 +94,10 @@ def quantise(w: jax.Array, inputs: int, form: Rounding, layers: bool = False) ->
 
 def quantise_table(w_VD: jax.Array) -> Table:
     """Quantises the rows of a table to int8."""
-    return Table(*_rounded(w_VD.astype(jnp.float32), -1, Rounding(8)))
+    return Table(*_rounded(w_VD.astype(jnp.float32), -1, QuantConfig(8)))
 
 
-def _rounded(w: jax.Array, axis: int, form: Rounding) -> tuple[jax.Array, jax.Array]:
+def _rounded(w: jax.Array, axis: int, form: QuantConfig) -> tuple[jax.Array, jax.Array]:
     """(int8, scales) where all along `axis` share one.
 
     What is largest in its group is half a step beyond the largest integer, so that no error is

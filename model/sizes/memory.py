@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from core import sharding, tree
 from model import transformer
 from model.cache import kv_cache
-from model.cache.form import Form
+from model.cache.form import CacheConfig
 from model.config import ModelConfig
-from model.ops.quantised import Rounding
+from model.ops.quantised import QuantConfig
 from model.sizes import parts, weights
 from model.transformer import Remat
 
@@ -29,7 +29,7 @@ MOMENTS = 2  # of Adam: the mean gradient, the mean square
 TRACED = 256  # tokens a row when activations are counted: all of them grow with the row
 
 
-class State(NamedTuple):
+class TrainBytes(NamedTuple):
     """Bytes that training holds whatever the batch; all parameters learn."""
 
     parameters: int
@@ -58,7 +58,7 @@ def weight_bytes(config: ModelConfig, form: Format, group: int | None) -> int:
     )
 
 
-def _rounded_bytes(config: ModelConfig, form: Rounding) -> int:
+def _rounded_bytes(config: ModelConfig, form: QuantConfig) -> int:
     matrices, total = parts.matrices(config), 0
     for name, x in parts.shapes(config).items():
         if name in matrices:
@@ -81,7 +81,7 @@ def cache_bytes(config: ModelConfig, batch: int, length: int, form: Format) -> t
     dtype = form if form == "float32" else "bfloat16"
     config = dataclasses.replace(config, dtype=dtype)
     numbers = form if form in ("int8", "int4") else "compute"
-    how = config, batch, length, sharding.whole(), Form(k_cache=numbers, v_cache=numbers)
+    how = config, batch, length, sharding.whole(), CacheConfig(k_cache=numbers, v_cache=numbers)
     with parts.somewhere():
         planned = jax.eval_shape(lambda: kv_cache.create(*how))
         return kv_cache.kv_bytes(*how), tree.num_bytes(planned)
@@ -94,10 +94,10 @@ def token_bytes(config: ModelConfig, form: Format) -> int:
     return sum(n * math.ceil(2 * K * (H * BITS[form] + scale) / 8) for K, H, n in slots)
 
 
-def state_bytes(config: ModelConfig) -> State:
+def state_bytes(config: ModelConfig) -> TrainBytes:
     """Bytes of AdamW's state: gradient and moments have the dtype of the parameter."""
     stored = tree.num_bytes(parts.shapes(config))
-    return State(stored, stored, MOMENTS * stored)
+    return TrainBytes(stored, stored, MOMENTS * stored)
 
 
 def kept_bytes(config: ModelConfig, remat: Remat) -> Kept:

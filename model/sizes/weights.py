@@ -1,6 +1,6 @@
 """The plan of weights that are rounded to int8 or int4 for decoding.
 
-    form = rounding(config, rules, "int4", group=None)   # Rounding(bits=4, group=128)
+    form = rounding(config, rules, "int4", group=None)   # QuantConfig(bits=4, group=128)
 
 The matrices of the layers are; the tables (embedding, head) are int8 in both, each row with a
 scale of its own. All else, which is little, is as in the compute dtype.
@@ -13,7 +13,7 @@ from core import tree
 from core.config import UserError
 from core.sharding import Rules
 from model.config import ModelConfig
-from model.ops.quantised import Quantised, Rounding, Table
+from model.ops.quantised import QuantConfig, Quantised, Table
 from model.sizes import parts
 
 Kind = Literal["compute", "int8", "int4"]
@@ -23,7 +23,9 @@ GROUP = 128  # inputs, at most, when a user names no group for int4
 AXES = {"D": "embed", "N": "heads", "F": "mlp"}  # what shards the inputs, by their first dim
 
 
-def rounding(config: ModelConfig, rules: Rules, kind: Kind, group: int | None) -> Rounding | None:
+def rounding(
+    config: ModelConfig, rules: Rules, kind: Kind, group: int | None
+) -> QuantConfig | None:
     """None for the compute dtype. With no `group` int8 has one scale an output, and int4 groups as
     large as divide the inputs of every matrix, of each device, up to GROUP.
 
@@ -59,10 +61,10 @@ def rounding(config: ModelConfig, rules: Rules, kind: Kind, group: int | None) -
                 f"weights='int4' with weights_group={group}: {name} has {size} inputs, and they "
                 "go in pairs; use int8"
             )
-    return Rounding(BITS[kind], group)
+    return QuantConfig(BITS[kind], group)
 
 
-def text(form: Rounding | None) -> str:
+def text(form: QuantConfig | None) -> str:
     """Returns the end of a line about the model: `, int4 weights in groups of 32`."""
     if form is None:
         return ""

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from core import checkpoint, lazy
 from core.checkpoint import Bundle
-from core.lazy import Lazy, Stored
+from core.lazy import StoredArray, StreamedArray
 
 
 class Alive(np.ndarray):
@@ -37,7 +37,7 @@ def values():
 
 def leaf(array, stacked):
     parts = enumerate(array) if stacked else [(None, array)]
-    return Lazy(array.shape, array.dtype, lambda: iter(parts))
+    return StreamedArray(array.shape, array.dtype, lambda: iter(parts))
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_one_part_is_alive_at_a_time(tmp_path):
             del array
 
     def made(shape, layers):
-        return Lazy(shape, np.dtype(np.float32), lambda: parts(layers))
+        return StreamedArray(shape, np.dtype(np.float32), lambda: parts(layers))
 
     leaves = {
         "a": made((5, 10, 4), range(5)),
@@ -103,12 +103,12 @@ def test_reads_rows(tmp_path, monkeypatch, chunked):
     arrays = values()
     save(tmp_path / "run", {name: leaf(x, name != "whole") for name, x in arrays.items()})
     for name, array in arrays.items():
-        stored = Stored(tmp_path / "run" / "0" / "model", name)
+        stored = StoredArray(tmp_path / "run" / "0" / "model", name)
         assert stored.shape == array.shape
         np.testing.assert_array_equal(stored.read(), array)
         np.testing.assert_array_equal(stored.read(1, 3), array[1:3])
         assert stored.read().dtype == array.dtype
-    assert Stored(tmp_path / "run" / "0" / "model", "stacked").rows_at_once == 1
+    assert StoredArray(tmp_path / "run" / "0" / "model", "stacked").rows_at_once == 1
 
 
 def test_reads_what_was_saved_from_a_mesh(tmp_path):
@@ -120,7 +120,7 @@ def test_reads_what_was_saved_from_a_mesh(tmp_path):
         placed = jax.device_put(array, PartitionSpec(None, ("data", "seq"), "model"))
         bundle.save(5, {"model": {"x": placed}}, {})
         bundle.close()
-    stored = Stored(tmp_path / "run" / "5" / "model", "x")
+    stored = StoredArray(tmp_path / "run" / "5" / "model", "x")
     assert stored.rows_at_once == 3
     np.testing.assert_array_equal(stored.read(), array)
     np.testing.assert_array_equal(stored.read(1, 2), array[1:2])
@@ -131,7 +131,7 @@ def test_a_part_that_fails_ends_the_save(tmp_path):
         yield 0, np.zeros((10, 4), np.float32)
         raise RuntimeError("the disk went away")
 
-    failing = Lazy((2, 10, 4), np.dtype(np.float32), parts)
+    failing = StreamedArray((2, 10, 4), np.dtype(np.float32), parts)
     with pytest.raises(RuntimeError, match="the disk went away"):
         save(tmp_path / "run", {"x": failing})
     assert not Bundle(tmp_path / "run").is_complete(0)

@@ -16,7 +16,7 @@ FIELDS = ("tokens", "targets", "weights", "positions", "segments")
 def make(directory, sizes, shard_tokens=40):
     draw = np.random.default_rng(0)
     directory.mkdir(exist_ok=True)
-    writer = store.Writer(directory, "train", np.dtype("<u2"), shard_tokens)
+    writer = store.ShardWriter(directory, "train", np.dtype("<u2"), shard_tokens)
     for number, size in enumerate(sizes):
         tokens = np.concatenate([[1], draw.integers(5, 300, size - 2), [2]])
         writer.add(f"doc{number}", tokens, size)
@@ -72,7 +72,7 @@ def test_learned_positions_stay_within_their_table(tokens):
 
 
 def test_a_row_reads_as_its_documents(tmp_path):
-    writer = store.Writer(tmp_path, "train", np.dtype("<u2"), 100)
+    writer = store.ShardWriter(tmp_path, "train", np.dtype("<u2"), 100)
     writer.add("a", np.array([1, 10, 11, 2]), 2)
     writer.add("b", np.array([1, 20, 21, 22, 2]), 3)
     manifest = dict(vocab_size=300, dtype="uint16", splits={"train": writer.close()})
@@ -110,7 +110,7 @@ def test_batches_are_pytrees_of_the_right_types(tokens):
 
 
 def test_every_row_comes_once_an_epoch_in_a_new_order(tokens):
-    rows = len(loader.Windows(tokens, 8))
+    rows = len(loader.RowDataset(tokens, 8))
     assert rows == 30
     batches = loader.train_batches(tokens, 5, 8, seed=3)
     flat = [row.tobytes() for b in take(batches, 12) for row in b.tokens]
@@ -202,13 +202,13 @@ def test_an_epoch_trains_on_every_token(tokens, length, rows):
         assert sorted(counted) == sorted(tokens[:][~is_first])
         assert sum((b.segments > 0).sum() for b in epoch) in (240, 241)
     padding = max(0, rows * length - 241)
-    told = loader.Windows(tokens, length).summary()
+    told = loader.RowDataset(tokens, length).summary()
     assert told.startswith(f"an epoch is 241 tokens in {rows} row")
     assert (f"{padding} of padding" in told) == (padding > 0)
 
 
 def test_too_little_text_and_rows_that_do_not_divide(tmp_path):
-    writer = store.Writer(tmp_path, "train", np.dtype("<u2"), 40)
+    writer = store.ShardWriter(tmp_path, "train", np.dtype("<u2"), 40)
     store.write_manifest(
         tmp_path, dict(vocab_size=300, dtype="uint16", splits={"train": writer.close()})
     )

@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_the_data_of_the_run_before(tmp_path, folder, monkeyp
     def full(self):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store.Writer, "close", full)
+    monkeypatch.setattr(store.ShardWriter, "close", full)
     with pytest.raises(SystemExit, match=r"error: .*run/data could not be written, and what was"):
         run(tmp_path, config(folder))
     assert everything(tmp_path) == before

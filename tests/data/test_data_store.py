@@ -11,7 +11,7 @@ from data import store
 
 def make(directory, documents, shard_tokens=20, vocab_size=300):
     dtype = store.token_dtype(vocab_size)
-    writer = store.Writer(directory, "train", dtype, shard_tokens)
+    writer = store.ShardWriter(directory, "train", dtype, shard_tokens)
     for number, tokens in enumerate(documents):
         writer.add(f"doc \u00e9 {number}", np.asarray(tokens), num_bytes=len(tokens) * 3)
     splits = {"train": writer.close()}
@@ -99,7 +99,7 @@ def test_errors_of_the_user(tmp_path, documents):
 
 
 def test_an_unfinished_shard_has_no_name(tmp_path):
-    writer = store.Writer(tmp_path, "train", np.dtype("<u2"), 100)
+    writer = store.ShardWriter(tmp_path, "train", np.dtype("<u2"), 100)
     writer.add("a", np.arange(10), 10)
     assert [path.name for path in tmp_path.iterdir()] == ["train-00000.bin.partial"]
     writer.close()

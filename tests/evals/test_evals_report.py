@@ -18,12 +18,12 @@ from evals.report import predict, progress, rows
 from evals.report.measuring import measure, peaks
 from evals.report.measuring.measure import Measured
 from evals.report.measuring.peaks import Peaks
-from evals.report.progress import Bar, Step
+from evals.report.progress import Bar, ProgressStep
 from evals.report.show import plots
 from infer import layout
 from infer.engine import Engine, Plan
 from model.attention.spec import full, moba, sliding
-from model.cache.form import Form
+from model.cache.form import CacheConfig
 
 # Two layers of full attention: D 16, N 4, K 2, H 8, F 32, V 320, tied, float32.
 TWO = cases.model_config(num_layers=2, pattern=(full(),))
@@ -73,7 +73,7 @@ def test_kinds_of_cache_are_a_line_each(one_device):
     """Full attention of 2 layers, 2 kv heads of 8: bytes of 40 tokens that a step reads."""
     model = cases.random_model(TWO)
     kinds = ("int8", "k8v4", "stream", "quest")
-    found = {case.kv: case for case in variants.of(model, Form(), (*kinds, "plain"))}
+    found = {case.kv: case for case in variants.of(model, CacheConfig(), (*kinds, "plain"))}
     assert list(found) == ["plain", "int8", "k8v4", "stream 1024+4", "quest 128x16"]
     assert {case.name for case in found.values()} >= {"full", "full, int8"}
     vectors = 40 * 2 * 2  # tokens, layers, heads; of keys, and as many of values
@@ -87,15 +87,17 @@ def test_kinds_of_cache_are_a_line_each(one_device):
     pages = 5008 // 16 * 2 * 2 * 2 * 8 * 4  # lowest and highest key of each page
     assert predict.kv_bytes_read(found["quest 128x16"], 1, 5008) == 2048 * 4 * 2 * 8 * 4 + pages
     with pytest.raises(UserError, match="bench.kv names 'int2', which is not one of plain, int8"):
-        variants.of(model, Form(), ("int2",))
+        variants.of(model, CacheConfig(), ("int2",))
     with pytest.raises(Unsupported, match="cache_window"):
         learned = dataclasses.replace(TWO, learned_positions=True)
-        variants.of(cases.random_model(learned), Form(), ("stream",))
+        variants.of(cases.random_model(learned), CacheConfig(), ("stream",))
 
 
 def test_a_device_has_two_layers_of_what_the_host_keeps(one_device):
     six = cases.random_model(dataclasses.replace(TWO, num_layers=6))
-    plain, host = (predict.create(case, 1, 40) for case in variants.of(six, Form(), ("host",)))
+    plain, host = (
+        predict.create(case, 1, 40) for case in variants.of(six, CacheConfig(), ("host",))
+    )
     of_layer = 40 * 2 * 2 * 8 * 4  # tokens, k and v, kv heads, head dim, bytes
     others = 40 * 4 + 4  # positions, tokens seen
     assert predict.cache_bytes(plain) == 6 * of_layer + others
@@ -182,7 +184,7 @@ def test_capacity(one_device, monkeypatch):
 def test_the_mark_of_memory_is_of_what_came_after(one_device):
     before = np.ones(2**22)  # 32 MiB, gone before
     del before
-    peak = measure.Peak(held=5)
+    peak = measure.PeakMemory(held=5)
     kept = np.ones(2**24)  # 128 MiB
     del kept
     found = peak.bytes()
@@ -200,7 +202,11 @@ def test_peaks_are_rates_of_one_device(monkeypatch):
 def test_time_left_learns_from_what_was_slow(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
-    steps = [Step("a", "speed", 1.0), Step("b", "task", 3.0), Step("c", "speed", 2.0)]
+    steps = [
+        ProgressStep("a", "speed", 1.0),
+        ProgressStep("b", "task", 3.0),
+        ProgressStep("c", "speed", 2.0),
+    ]
     with Bar(steps) as bar:
         assert bar.seconds_left() == 6
         with bar.step(steps[0]):

@@ -15,7 +15,7 @@ from infer import load, steps
 from infer.sampling.params import Sampling, pack
 from model.attention.spec import full
 from model.cache import kv_cache
-from model.cache.form import Form
+from model.cache.form import CacheConfig
 from model.sizes import memory, weights
 
 pytestmark = pytest.mark.usefixtures("compile_only")
@@ -37,7 +37,7 @@ def in_its_memory(slot):
     return dataclasses.replace(slot, k_LBKSH=k_LBKSH, v_LBKSH=v_LBKSH)
 
 
-def program(name, form=Form(), length=LENGTH, kind="compute", **fields):  # noqa: B008 (immutable)
+def program(name, form=CacheConfig(), length=LENGTH, kind="compute", **fields):  # noqa: B008 (immutable)
     """(compiled, bytes of the cache) of one text on 2 shards of its length and 2 of the heads."""
     rules = sharding.prefilling() if name == "extend" else sharding.decoding()
     # Several layers and kv heads on a device: one alone has a layout that every use likes.
@@ -64,7 +64,7 @@ def program(name, form=Form(), length=LENGTH, kind="compute", **fields):  # noqa
         place = jax.NamedSharding(jax.sharding.get_mesh(), rules("batch", None))
         tokens_BT = jax.ShapeDtypeStruct((1, CHUNK), jnp.int32, sharding=place)
         number = jax.ShapeDtypeStruct((), jnp.int32)
-        step, args = steps.extend, (now, steps.Chunk(tokens_BT, number, row_B), row_B)
+        step, args = steps.extend, (now, steps.PromptChunk(tokens_BT, number, row_B), row_B)
     else:
         step = functools.partial(steps.advance, eos=(), vocab_size=320)
         args = decoding, decoding.done_B
@@ -73,7 +73,7 @@ def program(name, form=Form(), length=LENGTH, kind="compute", **fields):  # noqa
 
 
 @pytest.mark.parametrize(
-    "form", [Form(), Form(k_cache="int8", v_cache="int4")], ids=lambda form: form.name
+    "form", [CacheConfig(), CacheConfig(k_cache="int8", v_cache="int4")], ids=lambda form: form.name
 )
 @pytest.mark.parametrize("name", ["extend", "advance"])
 def test_a_tpu_copies_no_cache_and_sends_none(name, form):
@@ -90,7 +90,7 @@ def test_a_tpu_copies_no_cache_and_sends_none(name, form):
 def test_a_tpu_fetches_a_layer_from_the_host_while_it_computes_the_one_before(name):
     """The device has two layers of four, and what it computes; the cache stays where it is."""
     with jax.set_mesh(make_mesh(MeshConfig(seq=2, model=2), aot.slice_devices("v5e:2x2"))):
-        compiled, cache_bytes = program(name, Form(cache_host=True))
+        compiled, cache_bytes = program(name, CacheConfig(cache_host=True))
     memory, on_device = compiled.memory_analysis(), cache_bytes / 4
     assert memory.host_argument_size_in_bytes > 0.99 * on_device
     assert memory.host_alias_size_in_bytes == memory.host_argument_size_in_bytes

@@ -22,7 +22,7 @@ from infer import decode, load, text
 from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
 from infer.sampling.params import Sampling, pack
-from infer.text import Writer
+from infer.text import Detokenizer
 
 NEW = 13
 PROMPTS = [np.random.default_rng(n).integers(0, 320, n).astype(np.int32) for n in (1, 5, 13, 23)]
@@ -254,7 +254,7 @@ def test_stop_strings_across_tokens(tokenizer, content, stop, expected, stopped)
     assert content != "the" or len(pieces) == 1
     # The byte tokens 5..260 cut characters, and stop strings, at every place.
     for tokens in (pieces, [5 + byte for byte in content.encode()]):
-        writer, shown = Writer(tokenizer, stop), ""
+        writer, shown = Detokenizer(tokenizer, stop), ""
         for token in tokens:
             shown += writer.push(token)
             assert shown == writer.text and expected.startswith(shown)
@@ -263,7 +263,7 @@ def test_stop_strings_across_tokens(tokenizer, content, stop, expected, stopped)
 
 
 def test_text_is_shown_as_soon_as_no_stop_string_can_begin_with_it(tokenizer):
-    writer = Writer(tokenizer, ("cat!",))
+    writer = Detokenizer(tokenizer, ("cat!",))
     shown = [writer.push(5 + byte) for byte in b"a cab cat"]
     assert shown == ["a", " ", "", "", "cab", " ", "", "", ""]
     assert writer.flush() == "cat"

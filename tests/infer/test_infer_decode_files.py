@@ -49,7 +49,7 @@ def test_rows_that_have_ended_are_in_the_file_when_the_run_is_cut_off(
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(decode.Show, "update", update)
+    monkeypatch.setattr(decode.StreamPrinter, "update", update)
     with pytest.raises(KeyboardInterrupt):
         run(bundle, prompts=prompts, output=str(output), batch_size=3)
     assert calls == [2, 2], "a row is there when it and all before it have ended"

@@ -11,13 +11,13 @@ from conftest import make_mesh
 from infer import decode
 from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
-from infer.prefix import Reader
+from infer.prefix import PrefixCache
 from infer.sampling.params import Sampling, pack
 from model.attention.spec import full, moba, nsa, prefix, sliding
-from model.cache.form import Form
+from model.cache.form import CacheConfig
 from model.ops.rope import Rope
 
-NEW, PLAIN = 6, Form()
+NEW, PLAIN = 6, CacheConfig()
 rng = np.random.default_rng(0)
 SYSTEM = rng.integers(0, 320, 21).astype(np.int32)
 ENDS = [rng.integers(0, 320, n).astype(np.int32) for n in (3, 0, 9, 1)]
@@ -27,7 +27,7 @@ OTHER = rng.integers(0, 320, 30).astype(np.int32)
 
 def read_and_go_on(engine, prompts, least, scored):
     """(greedy tokens and log-probabilities of each prompt, the reader)."""
-    reader = Reader(engine, prompts, [NEW] * len(prompts), least, scored)
+    reader = PrefixCache(engine, prompts, [NEW] * len(prompts), least, scored)
     packed = pack([Sampling(temperature=0, max_tokens=NEW)] * len(prompts))
     tokens, scores = [], []
     for first in range(0, len(prompts), engine.plan.batch):
@@ -129,10 +129,10 @@ def test_a_bidirectional_prefix_is_not_cut(one_device):
 
 
 FORMS = {
-    "k8v4": Form(k_cache="int8", v_cache="int4"),
-    "stream": Form(cache_window=6, cache_sinks=2),
-    "host": Form(cache_host=True),
-    "quest": Form(cache_pages=3, cache_page=4),
+    "k8v4": CacheConfig(k_cache="int8", v_cache="int4"),
+    "stream": CacheConfig(cache_window=6, cache_sinks=2),
+    "host": CacheConfig(cache_host=True),
+    "quest": CacheConfig(cache_pages=3, cache_page=4),
 }
 
 

@@ -91,13 +91,13 @@ def bundle(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_few_weights_are_ever_floats(bundle, monkeypatch, sizes, kind):
     """When a parameter is read, all before it are rounded: what lives is little more than that."""
-    alive, read = [], lazy.Stored.read
+    alive, read = [], lazy.StoredArray.read
 
     def counted(stored, *rows):
         alive.append(tree.num_bytes(jax.live_arrays()))
         return read(stored, *rows)
 
-    monkeypatch.setattr(lazy.Stored, "read", counted)
+    monkeypatch.setattr(lazy.StoredArray, "read", counted)
     with jax.set_mesh(make_mesh(sizes)):
         found, rules = load.find(bundle), sharding.prefilling()
         form = weights.rounding(found.config, rules, kind, None)
@@ -121,7 +121,7 @@ def test_greedy_text_is_the_same_in_int8(bundle, tmp_path, monkeypatch, capsys):
 
 
 def test_refused_before_weights_are_read(bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(load, "Stored", None)
+    monkeypatch.setattr(load, "StoredArray", None)
     monkeypatch.setattr(score, "make_mesh", lambda _: make_mesh(ONE))
     path = cases.write_jsonl(tmp_path / "in.jsonl", [{"tokens": [3, 4]}])
     config = ScoreConfig(input=path, weights="int8", weights_group=3)

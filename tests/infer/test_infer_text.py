@@ -22,7 +22,7 @@ def test_text_begins_with_bos_only_where_there_is_one(tmp_path):
     (tmp_path / "p.txt").write_text("one\n\n")
     with pytest.raises(UserError, match=r"decode.prompts=.*p.txt line 2 is an empty text"):
         text.read(str(tmp_path / "p.txt"), "decode.prompts", gpt2, 304)
-    found = load.Found(tmp_path, 0, cases.model_config(), gpt2)
+    found = load.BundleInfo(tmp_path, 0, cases.model_config(), gpt2)
     with pytest.raises(UserError, match="decode.prompt='' is an empty text"):
         rows.read_rows(DecodeConfig(), found)
 

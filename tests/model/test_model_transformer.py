@@ -18,9 +18,9 @@ from model import transformer
 from model.attention.mask import Positions
 from model.attention.spec import block_sparse, chunked, dilated, full, moba, nsa, prefix, sliding
 from model.cache import kv_cache
-from model.cache.flash_decode import New
+from model.cache.flash_decode import NewKV
 from model.config import ModelConfig
-from model.initializers import Maker
+from model.initializers import ParamInit
 from model.ops import rope
 from model.ops.rope import Rope
 
@@ -284,7 +284,7 @@ def test_a_ring_keeps_the_newest_tokens_in_whatever_order_they_come(one_device):
     at = Positions(positions, np.ones_like(positions))
     kv = np.broadcast_to(at.positions_BT[None, :, :, None, None], (2, 2, 10, 2, 8))
     held = kv_cache.create(SMALL, 2, 24, rules)
-    (slot,) = held.write([New(kv.astype(np.float32), -kv.astype(np.float32))], at, rules).slots
+    (slot,) = held.write([NewKV(kv.astype(np.float32), -kv.astype(np.float32))], at, rules).slots
     newest = np.broadcast_to(np.array([6, 7, 8, 9, 4, 5])[:, None], (6, 8))
     np.testing.assert_array_equal(slot.positions_BS, [newest[:, 0]] * 2)
     np.testing.assert_array_equal(slot.k_LBKSH, np.broadcast_to(newest, (2, 2, 2, 6, 8)))
@@ -373,7 +373,7 @@ def test_initial_values_do_not_depend_on_the_mesh():
     values = []
     for sizes in (ONE, (2, 2, 2)):
         with jax.set_mesh(make_mesh(sizes)):
-            make = Maker(SMALL, sharding.training(), jax.random.key(0))
+            make = ParamInit(SMALL, sharding.training(), jax.random.key(0))
             values.append(make.normal(0, (16, 32), ("embed", "mlp"))[...])
     np.testing.assert_array_equal(*values)
     assert np.std(values[0]) == pytest.approx(SMALL.init_scale, rel=0.1)

@@ -16,7 +16,7 @@ from model import transformer
 from model.attention.spec import full
 from train.loop import feed
 from train.loop.evaluate import evaluate
-from train.loop.feed import Feed
+from train.loop.feed import BatchSharder
 
 LENGTH, NUM_DOCUMENTS, NUM_BYTES = 16, 13, 41
 
@@ -29,7 +29,7 @@ def documents(tmp_path_factory):
 
 def make_store(directory, sizes, num_bytes=(NUM_BYTES,)):
     draw = np.random.default_rng(0)
-    writer = store.Writer(directory, "validation", np.dtype("<u2"), 10**6)
+    writer = store.ShardWriter(directory, "validation", np.dtype("<u2"), 10**6)
     for number, size in enumerate(sizes):
         tokens = np.concatenate([[1], draw.integers(5, 300, size - 2), [2]])
         writer.add(f"document {number}", tokens, num_bytes[number % len(num_bytes)])
@@ -75,7 +75,9 @@ def run(documents, sizes, limit=0):
     with jax.set_mesh(make_mesh(sizes)):
         batches = validation_batches(documents, config.batch_size, LENGTH)
         text_bytes = batches.text_bytes(limit)
-        return evaluate(create(), batches, Feed(config, sharding.training()), text_bytes, limit)
+        return evaluate(
+            create(), batches, BatchSharder(config, sharding.training()), text_bytes, limit
+        )
 
 
 @pytest.mark.parametrize("sizes", quick(MESHES, 2))
@@ -122,7 +124,7 @@ def test_feed_places_the_rows():
     rules = sharding.training()
     numbers = np.arange(8 * 32, dtype=np.int32).reshape(8, 32)
     with jax.set_mesh(make_mesh((2, 2, 2))):
-        feeding = Feed(TRAIN, rules)
+        feeding = BatchSharder(TRAIN, rules)
         assert (feeding.index, feeding.count) == (0, 1)
         placed = feeding(numbers)
         np.testing.assert_array_equal(placed, numbers)
@@ -161,7 +163,7 @@ class TwoProcesses:
     ],
 )
 def test_processes_that_share_rows_read_alike(one_device, monkeypatch, owners, data, seq, groups):
-    feeding = Feed(TRAIN, sharding.training())
+    feeding = BatchSharder(TRAIN, sharding.training())
     monkeypatch.setattr(feeding, "_sharding", TwoProcesses(owners, data, seq))
     for process, group in enumerate(groups):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)

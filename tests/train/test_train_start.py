@@ -23,7 +23,7 @@ from model.ops.rope import Rope
 from train import initial, pretrain
 from train.loop import run
 from train.loop.evaluate import evaluate
-from train.loop.feed import Feed
+from train.loop.feed import BatchSharder
 from train.step import eval_step
 
 STEPS = dict(steps=6, save_every=3, learning_rate=1e-4)
@@ -58,7 +58,7 @@ def test_it_evaluates_as_the_bundle_does(tmp_path, prepared, finished):
         config = described.train
         validation = TokenStore(store.directory, "validation")
         batches = validation_batches(validation, config.batch_size, config.length)
-        feed = Feed(config, found.rules)
+        feed = BatchSharder(config, found.rules)
         text_bytes = batches.text_bytes(config.eval_batches)
         row = evaluate(found.state.model, batches, feed, text_bytes, config.eval_batches)
         assert row["eval_loss"] == rows(finished, "eval_loss")[12]
@@ -70,7 +70,7 @@ def test_it_evaluates_as_the_bundle_does(tmp_path, prepared, finished):
 def test_its_first_loss_is_the_bundles_on_the_first_batch(tuned, finished):
     described = experiment(finished)
     with begun(described) as (found, store):  # has nothing to do: it is the bundle's last step
-        config, feed = described.train, Feed(described.train, found.rules)
+        config, feed = described.train, BatchSharder(described.train, found.rules)
         batch = next(train_batches(store, config.batch_size, config.length, config.seed))
         nll, tokens = eval_step(found.state.model, feed(batch))
     losses = rows(tuned)

@@ -6,12 +6,16 @@ from collections.abc import Iterable
 
 from data.batch import Batch
 from model.transformer import Transformer
-from train.loop.feed import Feed
+from train.loop.feed import BatchSharder
 from train.step import eval_step
 
 
 def evaluate(
-    model: Transformer, batches: Iterable[Batch], feed: Feed, text_bytes: float, limit: int = 0
+    model: Transformer,
+    batches: Iterable[Batch],
+    feed: BatchSharder,
+    text_bytes: float,
+    limit: int = 0,
 ) -> dict[str, float]:
     """Returns eval_loss (nats a token) and bits_per_byte, over all batches or the first `limit`.
 

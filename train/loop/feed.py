@@ -9,7 +9,7 @@ from data.batch import Batch
 from train.config import TrainConfig
 
 
-class Feed:
+class BatchSharder:
     """Assembly of the global Batch from the rows that each process reads."""
 
     def __init__(self, config: TrainConfig, rules: Rules):

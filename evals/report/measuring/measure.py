@@ -59,7 +59,7 @@ def measure(case: Case, context: int, config: BenchConfig) -> Measured:
     shape = engine.plan.batch, context
     tokens_BT = np.random.default_rng(0).integers(0, case.model.config.vocab_size, shape, np.int32)
     _warm_up(engine, tokens_BT)
-    peak = Peak(predict.device_bytes(case.model))
+    peak = PeakMemory(predict.device_bytes(case.model))
     began = engine.clock()
     now, curve = engine.empty(), []
     chunks = math.ceil(context / engine.plan.chunk)
@@ -128,7 +128,7 @@ def _one_more(engine: Engine, state: State, made: int) -> State:
     return dataclasses.replace(state, packed=packed, done_B=engine.place(np.zeros(B, bool)))
 
 
-class Peak:
+class PeakMemory:
     """Tracks peak memory from here on: of one accelerator, or of this process on a CPU.
 
     A device tells its highest mark since it started, so a row that needs no more than one before

@@ -25,7 +25,7 @@ from evals.ruler.questions import Questions
 from evals.ruler.sample import Sample
 from infer.engine import Engine
 from infer.sampling.params import Sampling, pack
-from infer.text import Writer, from_text
+from infer.text import Detokenizer, from_text
 
 FIRST = 64  # positions of the first bucket; each of the others ends at twice the last
 BY_DEPTH = ("needle", "passkey")
@@ -218,7 +218,7 @@ def answers(engine: Engine, tokenizer: Tokenizer) -> Answer:
         packed = pack([Sampling(temperature=0, max_tokens=count) for count in new])
         now = engine.prefill(prompts, new=new)
         state = engine.start(now, prompts, [0] * len(given), packed)
-        writers = [Writer(tokenizer, (), prompt) for prompt in prompts]
+        writers = [Detokenizer(tokenizer, (), prompt) for prompt in prompts]
         stopped_B = np.zeros(engine.plan.batch, bool)
         for made in engine.decode(state, stopped_B):
             for writer, tokens_C in zip(writers, made.tokens_BC, strict=False):

@@ -12,10 +12,10 @@ from evals.report import predict, rows
 from evals.report.measuring import quality
 from evals.report.measuring.peaks import Peaks
 from evals.report.measuring.quality import Material
-from evals.report.progress import Step
-from evals.report.rows import Row
+from evals.report.progress import ProgressStep
+from evals.report.rows import ReportRow
 from evals.report.store import fingerprint
-from evals.report.sweep import Task, case_of
+from evals.report.sweep import SweepTask, case_of
 from evals.ruler import haystack, tasks
 from infer.engine import Engine, Plan
 
@@ -23,7 +23,7 @@ BATCH = 8  # rows at a time, if they fit
 Run = Callable[[Engine], Any]
 
 
-def plan(row: Row, config: BenchConfig, available: int | None) -> Plan:
+def plan(row: ReportRow, config: BenchConfig, available: int | None) -> Plan:
     """Plans as many rows as fit, each as long as the context, decoded tokens included."""
     size = BATCH
     while True:
@@ -41,7 +41,7 @@ class Engines:
         self._material, self._config, self._available = material, config, available
         self._name, self._engine = "", None
 
-    def of(self, row: Row) -> Engine:
+    def of(self, row: ReportRow) -> Engine:
         """Builds the engine with the end tokens of the tokenizer."""
         if self._name != row.name:
             self._engine = None  # before the next is made
@@ -53,12 +53,12 @@ class Engines:
 
 
 def steps(
-    planned: Sequence[Row],
+    planned: Sequence[ReportRow],
     material: Material,
     config: BenchConfig,
     best: Peaks,
     available: int | None,
-) -> list[tuple[Row, str, Task]]:
+) -> list[tuple[ReportRow, str, SweepTask]]:
     """(row, what is told, the step), context by context, for patterns that the model has."""
     engines = Engines(material, config, available)
     told = [row for row in planned if row.reason is None and row.case.own]
@@ -69,25 +69,29 @@ def steps(
         if row.name in losses:
             of = {"what": "loss", **base, "rows": config.loss_rows, **_texts(material, config)}
             guess = _seconds(row, config.loss_rows, 0, config, best)
-            step = Step(f"loss by position: {row.name}", "loss", guess)
-            found.append((row, "loss", Task(step, of, _loss(row, engines, material, config))))
+            step = ProgressStep(f"loss by position: {row.name}", "loss", guess)
+            found.append((row, "loss", SweepTask(step, of, _loss(row, engines, material, config))))
         for kind in material.kinds:
             of = {"what": kind, **base, **_task_settings(kind, config)}
             count = config.task_samples
             count *= len(config.depths) if kind in quality.BY_DEPTH else 1
-            step = Step(f"{kind}: {row.name}", "task", _seconds(row, count, 64, config, best))
+            step = ProgressStep(
+                f"{kind}: {row.name}", "task", _seconds(row, count, 64, config, best)
+            )
             run = _task(kind, row, engines, material, config)
-            found.append((row, kind, Task(step, of, run)))
+            found.append((row, kind, SweepTask(step, of, run)))
     return found
 
 
-def _with_loss(told: Sequence[Row], material: Material, config: BenchConfig) -> list[Row]:
+def _with_loss(
+    told: Sequence[ReportRow], material: Material, config: BenchConfig
+) -> list[ReportRow]:
     """The longest row of each case that there is text for: what follows a token does not change
     its loss. Where RoPE goes by the length it does, and each row is one.
     """
     if not config.loss_rows or material.tokens is None:
         return []
-    found: dict[tuple[str, int], Row] = {}
+    found: dict[tuple[str, int], ReportRow] = {}
     for row in sorted(told, key=lambda row: row.context):
         ropes = [spec.rope for spec in row.case.model.config.pattern if spec.rope]
         each = row.context if any(rope.by_length for rope in ropes) else 0
@@ -96,7 +100,7 @@ def _with_loss(told: Sequence[Row], material: Material, config: BenchConfig) -> 
     return list(found.values())
 
 
-def _loss(row: Row, engines: Engines, material: Material, config: BenchConfig) -> Callable:
+def _loss(row: ReportRow, engines: Engines, material: Material, config: BenchConfig) -> Callable:
     def run() -> dict[str, Any]:
         texts = quality.spans(material, config.loss_rows, row.context)
         score = quality.scores(engines.of(row))
@@ -106,7 +110,7 @@ def _loss(row: Row, engines: Engines, material: Material, config: BenchConfig) -
 
 
 def _task(
-    kind: str, row: Row, engines: Engines, material: Material, config: BenchConfig
+    kind: str, row: ReportRow, engines: Engines, material: Material, config: BenchConfig
 ) -> Callable:
     def run() -> dict[str, Any]:
         answer = quality.answers(engines.of(row), material.tokenizer)
@@ -115,7 +119,7 @@ def _task(
     return run
 
 
-def _seconds(row: Row, texts: int, new: int, config: BenchConfig, best: Peaks) -> float:
+def _seconds(row: ReportRow, texts: int, new: int, config: BenchConfig, best: Peaks) -> float:
     """A guess, as that of speeds."""
     model, batch = row.case.model, Plan.of(BATCH, row.context, 0, config.prefill_chunk).batch
     reading = predict.prefill_flops(model.config, texts, row.context) / best.flops
@@ -144,7 +148,7 @@ def _paths(globs: Sequence[str], field: str) -> list[Path]:
 
 
 def gather(
-    found: Sequence[tuple[Row, str, Task]], results: Sequence[Any]
+    found: Sequence[tuple[ReportRow, str, SweepTask]], results: Sequence[Any]
 ) -> dict[str, dict[str, Any]]:
     """The quality of each row, by its name."""
     by_row: dict[str, dict[str, Any]] = {}

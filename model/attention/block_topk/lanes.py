@@ -9,13 +9,13 @@ A lane is a row and a head that chooses, X of them; its G query heads share its 
 import jax
 import jax.numpy as jnp
 
-from model.attention.block_topk.pairs import Pairs
+from model.attention.block_topk.pairs import RoutingPairs
 
 
 class Lanes:
     """How queries [B, T, N, ...] are cut into lanes [X, T, G, ...], and joined again."""
 
-    def __init__(self, q_BTNH: jax.Array, k_BSKH: jax.Array, pairs: Pairs):
+    def __init__(self, q_BTNH: jax.Array, k_BSKH: jax.Array, pairs: RoutingPairs):
         self.B, _, N, _ = q_BTNH.shape
         self.K, self.M = k_BSKH.shape[2], len(pairs.queries) // self.B
         self.G, self.pairs = N // self.M, pairs

@@ -16,7 +16,7 @@ from model.attention.mask import FAR, Positions
 TILE_ROWS = 512  # queries x heads of a tile, at most: what the kernels take for a block
 
 
-class Run(NamedTuple):
+class SortedRuns(NamedTuple):
     """Pairs or keys in order of (segment, block); int32 [..., S]."""
 
     segments: jax.Array
@@ -24,13 +24,13 @@ class Run(NamedTuple):
     end: jax.Array  # where the next run of equal ones begins
 
     @staticmethod
-    def of(segments: jax.Array, blocks: jax.Array) -> "Run":
+    def of(segments: jax.Array, blocks: jax.Array) -> "SortedRuns":
         begins = (jnp.diff(segments) != 0) | (jnp.diff(blocks) != 0)
         size = segments.shape[-1]
         next_one = jnp.where(begins, jnp.arange(1, size, dtype=jnp.int32), size)
         end = jax.lax.cummin(next_one, axis=next_one.ndim - 1, reverse=True)
         last = jnp.full_like(segments[..., :1], size)
-        return Run(segments, blocks, jnp.concatenate([end, last], -1))
+        return SortedRuns(segments, blocks, jnp.concatenate([end, last], -1))
 
     def first(self, segment: jax.Array, block: jax.Array) -> jax.Array:
         """The first place, of those of one lane, that is not before (segment, block), for each."""
@@ -47,14 +47,14 @@ class Run(NamedTuple):
         return jax.lax.fori_loop(0, size.bit_length(), step, blocks.vary(segment * 0, self.end))
 
 
-class Pairs(NamedTuple):
+class RoutingPairs(NamedTuple):
     """Pairs (query, chosen block) of each lane, in order; int32 [X, P], or [P] of one lane."""
 
-    runs: Run
+    runs: SortedRuns
     queries: jax.Array
 
     @staticmethod
-    def of(chosen_BTMC: jax.Array, at: Positions) -> "Pairs":
+    def of(chosen_BTMC: jax.Array, at: Positions) -> "RoutingPairs":
         """From the blocks that each query chose, -1 for none, and where it is."""
         B, T, M, C = chosen_BTMC.shape
         # What was not chosen comes after all keys, and so is never met.
@@ -67,7 +67,7 @@ class Pairs(NamedTuple):
             for x in (segments_BTMC, chosen_BTMC, queries_BTMC)
         )
         segments, numbers, queries = jax.lax.sort(tuple(in_lanes), num_keys=2)
-        return Pairs(Run.of(segments, numbers), queries)
+        return RoutingPairs(SortedRuns.of(segments, numbers), queries)
 
     def alike(self, block: int, length: int) -> int:
         """Pairs of a block, in a row of `length`, if all blocks have the same number."""
@@ -91,7 +91,7 @@ class Keys:
         self.at = Positions(
             *(jnp.pad(x, ((0, 0), (0, padding))) for x in (positions_BS, segments_BS))
         )
-        self.runs = Run.of(segments_BS, positions_BS // block)
+        self.runs = SortedRuns.of(segments_BS, positions_BS // block)
 
     def sort(self, x_BSKH: jax.Array) -> jax.Array:
         """[B, K, S + padding, H]."""
@@ -104,7 +104,7 @@ class Keys:
         x_BSKH = jnp.moveaxis(x_BKSH, 1, 2)
         return jnp.take_along_axis(x_BSKH, back_BS[..., None, None], axis=1)
 
-    def of_row(self, row: jax.Array) -> tuple[Run, Positions]:
+    def of_row(self, row: jax.Array) -> tuple[SortedRuns, Positions]:
         return jax.tree.map(lambda x: x[row], (self.runs, self.at))
 
 
@@ -144,7 +144,13 @@ class Tile(NamedTuple):
 
 
 def walk(
-    pairs: Pairs, q_at: Positions, keys: tuple[Run, Positions], block: int, size: int, see, carry
+    pairs: RoutingPairs,
+    q_at: Positions,
+    keys: tuple[SortedRuns, Positions],
+    block: int,
+    size: int,
+    see,
+    carry,
 ):
     """see(tile, carry) for each tile of `size` pairs of one lane; `q_at` [T]: where queries are."""
     runs, k_at = keys

@@ -23,19 +23,19 @@ import jax.numpy as jnp
 from model.attention import blocks
 from model.attention.block_topk.lanes import Lanes
 from model.attention.block_topk.pairs import Keys, walk
-from model.attention.blocks import Pair, Part
+from model.attention.blocks import MaskedKernel, PartialSoftmax
 from model.attention.mask import Mask, Positions
 from model.attention.spec import Heads
 
 
-class Picked(NamedTuple):
+class GatheredBlocks(NamedTuple):
     """The forward and backward of `pair`, each query seeing only blocks that it chose.
 
-    `heads.chosen` are their `Pairs`: sorted before the strategy, once for all its hops. A query
-    chooses a block of `block` tokens of its own document at most once.
+    `heads.chosen` are their `RoutingPairs`: sorted before the strategy, once for all its hops. A
+    query chooses a block of `block` tokens of its own document at most once.
     """
 
-    pair: Pair
+    pair: MaskedKernel
     block: int
     length: int  # of whole rows
 
@@ -45,8 +45,8 @@ class Picked(NamedTuple):
 
     def forward(
         self, q_BTNH, k_BSKH, v_BSKH, heads: Heads, q_at: Positions, k_at: Positions
-    ) -> Part:
-        """(out [B, T, N, H], lse [B, T, N]) float32, as of `Pair`."""
+    ) -> PartialSoftmax:
+        """(out [B, T, N, H], lse [B, T, N]) float32, as of `MaskedKernel`."""
         lanes = Lanes(q_BTNH, k_BSKH, heads.chosen)
         keys = Keys(k_at, self.block, padding=self.block)
         kv_BKSH = keys.sort(k_BSKH), keys.sort(v_BSKH)
@@ -81,7 +81,7 @@ class Picked(NamedTuple):
         k_at: Positions,
         *done: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(dq, dk, dv) float32, as of `Pair`; `done` is (dout, lse, delta) of all keys."""
+        """(dq, dk, dv) float32, as of `MaskedKernel`; `done` is (dout, lse, delta) of all keys."""
         lanes = Lanes(q_BTNH, k_BSKH, heads.chosen)
         keys = Keys(k_at, self.block, padding=self.block)
         kv_BKSH = keys.sort(k_BSKH), keys.sort(v_BSKH)

@@ -18,9 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from core.config import Unsupported
 from model.attention.block_topk import picked_kernel
-from model.attention.block_topk.picked_kernel import How
-from model.attention.block_topk.picked_steps import Steps
-from model.attention.blocks import Pair
+from model.attention.block_topk.picked_kernel import GatheredParams
+from model.attention.block_topk.picked_steps import TileSchedule
+from model.attention.blocks import MaskedKernel
 from model.attention.kernels import pallas
 
 LANES, SUBLANES = 128, 8  # of a TPU register
@@ -44,20 +44,20 @@ def positions(x_BS: jax.Array) -> jax.Array:
     return jnp.broadcast_to(x_BJ1E, (*x_BJ1E.shape[:2], SUBLANES, LANES))
 
 
-class Call(NamedTuple):
+class GatheredCall(NamedTuple):
     """A pallas_call; its grid is as long as the list of steps."""
 
-    how: How
+    how: GatheredParams
     R: int
     Z: int  # groups of a block and what is around it
 
     @staticmethod
-    def of(pair: Pair, G: int, tile: int, block: int, *, alibi: bool) -> "Call":
+    def of(pair: MaskedKernel, G: int, tile: int, block: int, *, alibi: bool) -> "GatheredCall":
         """For tiles of so many pairs."""
         parts = pl.cdiv(block, KEYS)
         around = pl.cdiv(block + ALIGN - 1, ALIGN)
-        how = How(pair.scale, pair.softcap, alibi, G, tile, parts)
-        return Call(how, pl.cdiv(tile * G, LANES) * LANES, pl.cdiv(around, parts) * parts)
+        how = GatheredParams(pair.scale, pair.softcap, alibi, G, tile, parts)
+        return GatheredCall(how, pl.cdiv(tile * G, LANES) * LANES, pl.cdiv(around, parts) * parts)
 
     @property
     def J(self) -> int:
@@ -72,7 +72,7 @@ class Call(NamedTuple):
         self,
         body: Callable,
         place_2: jax.Array,
-        steps: Steps,
+        steps: TileSchedule,
         arrays: dict[str, jax.Array],
         totals: Sequence[jax.Array] = (),
     ) -> tuple[jax.Array, ...]:

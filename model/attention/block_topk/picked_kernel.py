@@ -36,7 +36,7 @@ FAR = 2**30  # later than any position; its distance from -1 is an int32
 PRODUCTS = {"forward": 2, "backward": 5}  # of a step
 
 
-class How(NamedTuple):
+class GatheredParams(NamedTuple):
     """The parameters that are fixed when the kernel is made."""
 
     scale: float
@@ -47,10 +47,10 @@ class How(NamedTuple):
     parts: int  # of a block
 
 
-class Step:
+class GatheredStep:
     """The entry of the lists that the grid is at."""
 
-    def __init__(self, how: How, x: SimpleNamespace):
+    def __init__(self, how: GatheredParams, x: SimpleNamespace):
         w = pl.program_id(0)
         Z, A, _ = x.k_ZAH.shape
         E = x.k_at_J8E.shape[2]
@@ -91,9 +91,9 @@ class Step:
         return jnp.where(is_inside_C1, x.k_at_S8[pl.ds(place, C), :][:, :1], FAR)
 
 
-def forward(how: How, x: SimpleNamespace) -> None:
+def forward(how: GatheredParams, x: SimpleNamespace) -> None:
     """out [R, H] and lse [1, R] of each tile; scratch are x.sum_HR, high_1R, total_1R, k_at_S8."""
-    step = Step(how, x)
+    step = GatheredStep(how, x)
     pl.when(step.begins_block)(lambda: _stand_positions(x))
 
     @pl.when(step.begins_tile)
@@ -129,13 +129,13 @@ def forward(how: How, x: SimpleNamespace) -> None:
         x.lse_1R[...] = jnp.where(has_seen_1R, lse_1R, -jnp.inf)
 
 
-def backward(how: How, x: SimpleNamespace) -> None:
+def backward(how: GatheredParams, x: SimpleNamespace) -> None:
     """dq [R, H] of each tile; what a block adds to dk and dv is added to `x.dk`, `x.dv` in HBM.
 
     There x.place has the row and the head; `x.lse_1R` is in base 2, +inf for rows that saw nothing.
     All lack the factor `scale`. Scratch are x.sum_HR, dk_ZAH, dv_ZAH, sent and k_at_S8.
     """
-    step = Step(how, x)
+    step = GatheredStep(how, x)
     around = pl.ds(step.group, x.k_ZAH.shape[0])
     totals = [
         (total.at[x.place[0], x.place[1], around], here, x.sent.at[i])
@@ -183,7 +183,7 @@ def _stand_positions(x: SimpleNamespace) -> None:
     x.k_at_S8[...] = _rows(x.k_at_J8E[...].swapaxes(1, 2))
 
 
-def _scores(how: How, x: SimpleNamespace, step: Step, j: jax.Array, part):
+def _scores(how: GatheredParams, x: SimpleNamespace, step: GatheredStep, j: jax.Array, part):
     """Scores in base 2, -inf of keys that a row may not see; with a soft-cap the tanh in them."""
     s_CR = dot(_rows(x.k_ZAH[part]), x.q_RH[...], ROWS_BY_ROWS)
     q_at_1R, k_at_C1 = step.q_positions(x), step.k_positions(x, j)

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from model.attention.block_topk.pairs import Pairs, Run
+from model.attention.block_topk.pairs import RoutingPairs, SortedRuns
 
 RUNS = 256  # blocks of keys at a time
 
 
-class Steps(NamedTuple):
+class TileSchedule(NamedTuple):
     """The work of each step, W + 1 entries; step w has the pairs begin_W[w] .. begin_W[w + 1].
 
     A step begins with each tile of pairs, and where those of a block end. Pairs that fill the last
@@ -41,7 +41,7 @@ class Met(NamedTuple):
     high_Z: jax.Array
 
     @staticmethod
-    def of(pairs: Run, keys: Run, start_Z: jax.Array) -> "Met":
+    def of(pairs: SortedRuns, keys: SortedRuns, start_Z: jax.Array) -> "Met":
         """Builds the schedule of the blocks that begin with these keys; S is no block."""
         low_Z = jnp.minimum(start_Z, keys.end.size - 1)
         segment_Z, block_Z = keys.segments[low_Z], keys.blocks[low_Z]
@@ -57,7 +57,7 @@ class Met(NamedTuple):
         is_before_PZ = self.begin_Z[None] <= here_P[:, None]
         return here_P + jnp.where(is_before_PZ, (self.first_Z - self.begin_Z)[None], 0).max(1)
 
-    def steps(self, start: jax.Array, size: int, tile: int) -> Steps:
+    def steps(self, start: jax.Array, size: int, tile: int) -> TileSchedule:
         """Returns the steps of the pairs start .. start + size; `tile` divides both."""
         tile_Y = start + tile * jnp.arange(size // tile, dtype=jnp.int32)
         is_met_Z = self.begin_Z < self.end_Z
@@ -75,10 +75,10 @@ class Met(NamedTuple):
             jnp.pad(x, (0, 1), constant_values=end) for x, end in zip(lists, ends, strict=True)
         )
         begin_W, low_W, high_W = lists
-        return Steps((begin_W < size).sum(), begin_W, low_W, jnp.maximum(high_W, low_W))
+        return TileSchedule((begin_W < size).sum(), begin_W, low_W, jnp.maximum(high_W, low_W))
 
 
-def starts(keys: Run) -> jax.Array:
+def starts(keys: SortedRuns) -> jax.Array:
     """Returns the starts of the blocks of keys, in order, then S; int32 as the runs, [..., S]."""
     S = keys.end.shape[-1]
     here = jax.lax.broadcasted_iota(jnp.int32, keys.end.shape, keys.end.ndim - 1)
@@ -87,7 +87,13 @@ def starts(keys: Run) -> jax.Array:
 
 
 def each_part(
-    pairs: Pairs, keys: Run, start_S: jax.Array, size: int, tile: int, see, carry: jax.Array
+    pairs: RoutingPairs,
+    keys: SortedRuns,
+    start_S: jax.Array,
+    size: int,
+    tile: int,
+    see,
+    carry: jax.Array,
 ):
     """see(carry, queries_P, steps) for each part of the pairs of one lane that meet keys."""
     S, P = keys.end.size, pairs.queries.size

@@ -5,7 +5,7 @@ The blocks are those of MoBA (arXiv 2502.13189) and NSA (arXiv 2502.11089). As i
 once. Its list of steps (picked_steps.py) comes ahead of its data, so that the keys of a step are
 fetched while the one before it works.
 
-    picked = PickedTpu(pair, block=64, length=2**20)         as Picked: forward, backward
+    picked = GatheredBlocksTpu(pair, block=64, length=2**20)   as GatheredBlocks: forward, backward
 
 Work grows with the pairs that meet keys here, memory with the queries: what a part of the pairs
 gives is merged into what their queries have. Letters as in picked.py; P pairs of a part, in Y
@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from model.attention import blocks
 from model.attention.block_topk import picked_call, picked_kernel, picked_steps
 from model.attention.block_topk.lanes import Lanes
-from model.attention.block_topk.pairs import Keys, Pairs
-from model.attention.block_topk.picked_call import Call
-from model.attention.block_topk.picked_steps import Steps
-from model.attention.blocks import Pair, Part
+from model.attention.block_topk.pairs import Keys, RoutingPairs
+from model.attention.block_topk.picked_call import GatheredCall
+from model.attention.block_topk.picked_steps import TileSchedule
+from model.attention.blocks import MaskedKernel, PartialSoftmax
 from model.attention.kernels import tiles
 from model.attention.mask import Full, Mask, Positions
 from model.attention.spec import Heads
@@ -33,10 +33,10 @@ from model.attention.spec import Heads
 PART_FLOATS = 2**24  # of the results of one part: 64 MiB
 
 
-class PickedTpu(NamedTuple):
-    """The same as `Picked` on TPUs. It takes the scores of `pair`, not its kernel."""
+class GatheredBlocksTpu(NamedTuple):
+    """The same as `GatheredBlocks` on TPUs. It takes the scores of `pair`, not its kernel."""
 
-    pair: Pair
+    pair: MaskedKernel
     block: int
     length: int  # of whole rows
 
@@ -46,8 +46,8 @@ class PickedTpu(NamedTuple):
 
     def forward(
         self, q_BTNH, k_BSKH, v_BSKH, heads: Heads, q_at: Positions, k_at: Positions
-    ) -> Part:
-        """(out [B, T, N, H], lse [B, T, N]) float32, as of `Pair`."""
+    ) -> PartialSoftmax:
+        """(out [B, T, N, H], lse [B, T, N]) float32, as of `MaskedKernel`."""
         work = _Work(self, q_BTNH, k_BSKH, v_BSKH, heads, q_at, k_at)
 
         def lane(*args):
@@ -73,7 +73,7 @@ class PickedTpu(NamedTuple):
         k_at: Positions,
         *done: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(dq, dk, dv) float32, as of `Pair`; `done` is (dout, lse, delta) of all keys."""
+        """(dq, dk, dv) float32, as of `MaskedKernel`; `done` is (dout, lse, delta) of all keys."""
         work = _Work(self, q_BTNH, k_BSKH, v_BSKH, heads, q_at, k_at, *done)
         dout_BTNH, lse_BTN, delta_BTN = done
         lse_BTN = tiles.base_2(lse_BTN)
@@ -102,7 +102,7 @@ class PickedTpu(NamedTuple):
 
 
 class _Work:
-    """The lanes, the keys in order, and the call of one use of `PickedTpu`."""
+    """The lanes, the keys in order, and the call of one use of `GatheredBlocksTpu`."""
 
     def __init__(
         self, picked, q_BTNH, k_BSKH, v_BSKH, heads: Heads, q_at: Positions, k_at: Positions, *done
@@ -115,7 +115,7 @@ class _Work:
         self.lanes = Lanes(q_BTNH, k_BSKH, heads.chosen)
         G, pairs = self.lanes.G, heads.chosen
         self.tile = pairs.tile(block, length, G, least=-(-picked_call.LANES // G))
-        self.call = Call.of(pair, G, self.tile, block, alibi=heads.slope_N is not None)
+        self.call = GatheredCall.of(pair, G, self.tile, block, alibi=heads.slope_N is not None)
         # As many as the blocks that are looked up at once are chosen by, if all are alike.
         P = min(pairs.queries.shape[1], pairs.alike(block, length) * picked_steps.RUNS)
         most = max(PART_FLOATS // (G * q_BTNH.shape[3]), 1)
@@ -133,7 +133,7 @@ class _Work:
 class _Lane:
     """The pairs of one lane, and what both kernels do with them."""
 
-    def __init__(self, work: _Work, row, kv_head, pairs: Pairs, slope_G: jax.Array | None):
+    def __init__(self, work: _Work, row, kv_head, pairs: RoutingPairs, slope_G: jax.Array | None):
         self.work, self.row, self.pairs = work, row, pairs
         self.place_2 = jnp.stack([row, kv_head])
         shape = work.positions_BT.shape[1], work.lanes.G
@@ -148,7 +148,7 @@ class _Lane:
         start_S = work.start_BS[self.row]
         return picked_steps.each_part(self.pairs, keys, start_S, work.size, work.tile, see, carry)
 
-    def call(self, body: Callable, queries_P, steps: Steps, arrays_TG, totals=()):
+    def call(self, body: Callable, queries_P, steps: TileSchedule, arrays_TG, totals=()):
         """Runs `body`: results for each pair, [P, G, ...], and totals; `arrays` are of queries."""
         work, how = self.work, self.work.call.how
         rows, G = how.pairs * how.heads, how.heads
@@ -169,7 +169,7 @@ class _Lane:
         return *map(of_pairs, results[:num_tiles]), *results[num_tiles:]
 
 
-def _merge(part: Part, queries_P: jax.Array, new: Part) -> Part:
+def _merge(part: PartialSoftmax, queries_P: jax.Array, new: PartialSoftmax) -> PartialSoftmax:
     """`part` (out [T, G, H], lse [T, G]) with what pairs saw [P, G, ...]; a query may have many."""
     (out_TGH, lse_TG), (out_PGH, lse_PG) = part, new
     high_TG = lse_TG.at[queries_P].max(lse_PG)

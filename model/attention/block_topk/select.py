@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from core.sharding import device_kind
 from model.attention import blocks
-from model.attention.blocks import Pair
+from model.attention.blocks import MaskedKernel
 from model.attention.mask import Positions
 from model.attention.strategies.local import SAVED
 
@@ -31,7 +31,7 @@ CPU_SCORES, SCORES = 2**20, 2**25
 FORCED = 3  # blocks that NSA sees anyway: the own, the one before it, the first
 
 
-class Slots(NamedTuple):
+class BlockIndex(NamedTuple):
     """The whole blocks of each row; equal on all devices that share it."""
 
     size: int
@@ -47,7 +47,7 @@ class Slots(NamedTuple):
         return Positions(self.number_BZ * self.step + self.size - 1, self.segments_BZ)
 
 
-def slots(at: Positions, size: int, step: int, axes: tuple[str, ...]) -> Slots:
+def slots(at: Positions, size: int, step: int, axes: tuple[str, ...]) -> BlockIndex:
     """The blocks of `size` tokens (a multiple of `step`), for tokens in any order.
 
     In order of (segment, position) the blocks of a document end `step` ranks apart, the first of
@@ -87,11 +87,11 @@ def slots(at: Positions, size: int, step: int, axes: tuple[str, ...]) -> Slots:
     is_slot_BTW &= found(segments_BZ, near_BTW) == segments_BTW
     is_slot_BTW &= found(number_BZ, near_BTW) == number_BTW
     slot_BTW = jnp.where(is_slot_BTW, slot_BTW, Z)
-    return Slots(size, step, number_BZ, segments_BZ, end_BZ - size + 1, slot_BTW)
+    return BlockIndex(size, step, number_BZ, segments_BZ, end_BZ - size + 1, slot_BTW)
 
 
 def pooled(
-    x_BTKH: jax.Array, at: Positions, of: Slots, weight_CH: jax.Array, axes: tuple[str, ...]
+    x_BTKH: jax.Array, at: Positions, of: BlockIndex, weight_CH: jax.Array, axes: tuple[str, ...]
 ) -> jax.Array:
     """Sums of the tokens of each block, float32 [B, Z, K, H], each times the weight of its place.
 
@@ -131,12 +131,12 @@ def moba(
 
 
 def nsa(
-    pair: Pair,
+    pair: MaskedKernel,
     q_BTNH: jax.Array,
     compressed_BZKH: jax.Array,
     lse_BTN: jax.Array,
     at: Positions,
-    of: Slots,
+    of: BlockIndex,
     block: int,
     top: int,
     axes: tuple[str, ...],
@@ -184,7 +184,7 @@ def nsa(
 
 
 def best_of_moba(
-    scores_BtNZ: jax.Array, at: Positions, of: Slots, block: int, top: int
+    scores_BtNZ: jax.Array, at: Positions, of: BlockIndex, block: int, top: int
 ) -> jax.Array:
     """[B, t, N, top]: the own block, and the best of those before it."""
     best_BtNC = _best(scores_BtNZ, at, of, block, count=top - 1, low=0, back=1)
@@ -192,7 +192,7 @@ def best_of_moba(
 
 
 def best_of_nsa(
-    scores_BtKZ: jax.Array, at: Positions, of: Slots, block: int, top: int
+    scores_BtKZ: jax.Array, at: Positions, of: BlockIndex, block: int, top: int
 ) -> jax.Array:
     """[B, t, K, top]: the own block, the one before, the first, and the best of the others."""
     best_BtKC = _best(scores_BtKZ, at, of, block, count=top - FORCED, low=1, back=2)
@@ -207,7 +207,14 @@ def _with(forced_Bt: list[jax.Array], at: Positions, best_BtMC: jax.Array) -> ja
 
 
 def _best(
-    scores_BtMZ: jax.Array, at: Positions, of: Slots, block: int, *, count: int, low: int, back: int
+    scores_BtMZ: jax.Array,
+    at: Positions,
+    of: BlockIndex,
+    block: int,
+    *,
+    count: int,
+    low: int,
+    back: int,
 ) -> jax.Array:
     """The blocks of the `count` best scores, [B, t, M, count], among low .. own - back."""
     own_Bt1 = at.positions_BT[..., None] // block

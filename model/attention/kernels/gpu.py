@@ -15,7 +15,7 @@ interpreted: slow, and the same. They were compiled for GPUs, and right on an H2
 import jax
 
 from model.attention.kernels import gpu_call, tiles
-from model.attention.kernels.tiles import How
+from model.attention.kernels.tiles import KernelParams
 from model.attention.mask import Mask, Positions
 
 
@@ -32,7 +32,7 @@ def forward(
     slope_N: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(out [B, T, N, H], log-sum-exp [B, T, N]), both float32; no key seen: 0 and -inf."""
-    how = How(mask, scale, softcap, slope_N is not None)
+    how = KernelParams(mask, scale, softcap, slope_N is not None)
     return gpu_call.FORWARD(how, q_BTNH, k_BSKH, v_BSKH, q_at, k_at, slope_N)
 
 
@@ -55,7 +55,7 @@ def backward(
 
     `lse` is over all keys that the queries see, here or elsewhere; `delta` is <out, dout>.
     """
-    how = How(mask, scale, softcap, slope_N is not None)
+    how = KernelParams(mask, scale, softcap, slope_N is not None)
     inputs = q_BTNH, k_BSKH, v_BSKH, q_at, k_at, slope_N
     done = dout_BTNH, tiles.base_2(lse_BTN), delta_BTN
     (dq_BTNH,) = gpu_call.BACKWARD_QUERIES(how, *inputs, *done)

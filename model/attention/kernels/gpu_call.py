@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from core.config import Unsupported
 from model.attention.kernels import gpu_tiles, pallas, tiles
-from model.attention.kernels.tiles import How
+from model.attention.kernels.tiles import KernelParams
 from model.attention.mask import Positions
 
 SMALLEST = 16  # rows, columns and width that a product on tensor cores takes
@@ -39,7 +39,7 @@ class Kernel(NamedTuple):
 
     def __call__(
         self,
-        how: How,
+        how: KernelParams,
         q_BTNH: jax.Array,
         k_BSKH: jax.Array,
         v_BSKH: jax.Array,
@@ -68,7 +68,9 @@ class Kernel(NamedTuple):
         length = S if self.by_keys else T
         return tuple(x[:, :length, :, :H] if x.ndim == 4 else x[:, :length] for x in found)
 
-    def run(self, how: How, R: int, C: int, *operands, interpret: bool) -> tuple[jax.Array, ...]:
+    def run(
+        self, how: KernelParams, R: int, C: int, *operands, interpret: bool
+    ) -> tuple[jax.Array, ...]:
         q_BTNH, k_BSKH, *_ = operands
         specs = by_keys if self.by_keys else by_queries
         grid, inputs, blocks = specs(q_BTNH.shape, k_BSKH.shape, R, C)

@@ -20,8 +20,8 @@ from jax.experimental import pallas as pl
 
 from core.config import Unsupported
 from model.attention.kernels import splash_tiles, tiles
-from model.attention.kernels.splash_call import SUBLANES, Call
-from model.attention.kernels.tiles import How
+from model.attention.kernels.splash_call import SUBLANES, SplashCall
+from model.attention.kernels.tiles import KernelParams
 from model.attention.mask import Mask, Positions
 
 LANES = 128  # of a TPU register: blocks are multiples of it
@@ -53,7 +53,7 @@ def forward(
     _, S_whole = _parts(S, C, splash_tiles.MAX_Z, "keys")
     most = min(splash_tiles.MAX_Y, MAX_TILES * C // (B * S_whole))
     U, T_whole = _parts(T, R, most, "keys")
-    call = Call(How(mask, scale, softcap, slope_N is not None), N, K, H, R, C)
+    call = SplashCall(KernelParams(mask, scale, softcap, slope_N is not None), N, K, H, R, C)
     queries = _heads_first(q_BTNH, T_whole), _rows(q_at, T_whole)
     k_BKSH, v_BKSH = (_heads_first(x, S_whole) for x in (k_BSKH, v_BSKH))
     k_at_B8S, slope_N = _rows(k_at, S_whole), tiles.slopes(slope_N, N)
@@ -95,7 +95,7 @@ def backward(
     resident = max(1, RESIDENT // (8 * C * _round_up(H, LANES)))
     most = min(resident, MAX_TILES * R // (B * T_whole))
     U, S_whole = _parts(S, C, most, "queries")
-    call = Call(How(mask, scale, softcap, slope_N is not None), N, K, H, R, C)
+    call = SplashCall(KernelParams(mask, scale, softcap, slope_N is not None), N, K, H, R, C)
     queries = {
         "q_RH": _heads_first(q_BTNH, T_whole),
         "dout_RH": _heads_first(dout_BTNH, T_whole),

@@ -16,16 +16,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from model.attention.kernels import pallas, splash_tiles, tiles
-from model.attention.kernels.tiles import How
+from model.attention.kernels.tiles import KernelParams
 from model.attention.mask import FAR, Mask, Positions
 
 SUBLANES = 8  # of a TPU register: positions and segments stand in so many rows
 
 
-class Call(NamedTuple):
+class SplashCall(NamedTuple):
     """A pallas_call: its grid is (rows, kv heads, query heads of each, entries of the list)."""
 
-    how: How
+    how: KernelParams
     N: int
     K: int
     H: int

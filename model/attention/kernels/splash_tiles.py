@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from model.attention.kernels.tiles import LOG2_E, ROWS_BY_COLUMNS, ROWS_BY_ROWS, How, dot, scores
+from model.attention.kernels.tiles import (
+    LOG2_E,
+    ROWS_BY_COLUMNS,
+    ROWS_BY_ROWS,
+    KernelParams,
+    dot,
+    scores,
+)
 from model.attention.mask import Positions
 
 # An entry of a list: the query block, the key block and what to do there, in 13, 14 and 4 bits.
@@ -50,7 +57,7 @@ def forward(
     v_HC,
     q_at_8R,  # position, segment, until, and rows of padding
     k_at_8C,
-    how: How,
+    how: KernelParams,
     num_tiles: int,
 ) -> None:
     """One step of the online softmax; `out_HR` stays in VMEM from its first tile to its last."""
@@ -103,7 +110,7 @@ def backward(
     v_CH,
     q_at_8R,
     k_at_8C,
-    how: How,
+    how: KernelParams,
     num_tiles: int,
 ) -> None:
     """Five products a tile. dQ is complete with its query block, dK and dV with their head."""
@@ -141,7 +148,7 @@ def _run(entry: jax.Array, tile) -> None:
     pl.when(entry & PARTIAL != 0)(functools.partial(tile, masked=True))
 
 
-def _scores(how: How, k_CH, q_RH, slope, q_at_8R, k_at_8C, masked: bool):
+def _scores(how: KernelParams, k_CH, q_RH, slope, q_at_8R, k_at_8C, masked: bool):
     """Scores in base 2, [C, R], and the tanh in them, if any."""
     q_at = k_at = None
     if masked or how.alibi:

@@ -20,7 +20,7 @@ ROWS_BY_ROWS = ((1,), (1,)), ((), ())  # x_MK y_NK
 ROWS_BY_COLUMNS = ((1,), (0,)), ((), ())  # x_MK y_KN
 
 
-class How(NamedTuple):
+class KernelParams(NamedTuple):
     """The parameters that are fixed when the kernel is made."""
 
     mask: Mask
@@ -54,7 +54,12 @@ def _bounds(at_BYR: Positions) -> tuple[Bounds, jax.Array]:
 
 
 def scores(
-    how: How, s: jax.Array, slope: jax.Array, q_at: Positions, k_at: Positions, masked: bool
+    how: KernelParams,
+    s: jax.Array,
+    slope: jax.Array,
+    q_at: Positions,
+    k_at: Positions,
+    masked: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
     """From q k^T: scores in base 2, -inf where the mask rules; with a soft-cap the tanh in them.
 

@@ -9,7 +9,7 @@ import functools
 import jax
 
 from model.attention import blocks
-from model.attention.blocks import Pair, Part
+from model.attention.blocks import MaskedKernel, PartialSoftmax
 from model.attention.mask import Positions
 from model.attention.spec import Heads
 from model.attention.strategies import local
@@ -18,7 +18,7 @@ from model.attention.strategies import local
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attention(
     axes: tuple[str, ...],
-    pair: Pair,
+    pair: MaskedKernel,
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
@@ -32,14 +32,14 @@ def attention(
 
 def forward(
     axes: tuple[str, ...],
-    pair: Pair,
+    pair: MaskedKernel,
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     heads: Heads,
     q_at: Positions,
     k_at: Positions,
-) -> Part:
+) -> PartialSoftmax:
     """(out [B, T, N, H], lse [B, T, N]) float32 of the same; no sink is among the keys."""
     k_BSKH, v_BSKH, all_at = _gather(axes, (k_BTKH, v_BTKH, k_at))
     return pair.forward(q_BTNH, k_BSKH, v_BSKH, heads, q_at, all_at)

@@ -6,28 +6,28 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from model.attention import blocks
-from model.attention.blocks import Pair, Part
+from model.attention.blocks import MaskedKernel, PartialSoftmax
 from model.attention.mask import Positions
 from model.attention.spec import Heads
 
 SAVED = "attention"  # name of what backward needs and rematerialisation had better keep
 
 
-def attention(pair: Pair, *args) -> jax.Array:
+def attention(pair: MaskedKernel, *args) -> jax.Array:
     """out [B, T, N, H] in q's dtype; arguments of `with_lse`."""
     return with_lse(pair, *args)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def with_lse(
-    pair: Pair,
+    pair: MaskedKernel,
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     heads: Heads,
     q_at: Positions,
     k_at: Positions,
-) -> Part:
+) -> PartialSoftmax:
     """(out in q's dtype, lse float32), differentiated by the kernel's own backward."""
     return _forward(pair, q_BTNH, k_BSKH, v_BSKH, heads, q_at, k_at)[0]
 
@@ -49,7 +49,7 @@ def _backward(pair, residuals, dpart):
     return *dqkv, blocks.sink_gradient(heads, *done[1:]), None, None
 
 
-def saved(dtype, part: Part) -> Part:
+def saved(dtype, part: PartialSoftmax) -> PartialSoftmax:
     """(out in `dtype`, lse), under the name that rematerialisation keeps."""
     out, lse = part
     return checkpoint_name(out.astype(dtype), SAVED), checkpoint_name(lse, SAVED)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from model.attention import blocks
-from model.attention.blocks import Pair, Part
+from model.attention.blocks import MaskedKernel, PartialSoftmax
 from model.attention.mask import Bounds, Mask, Positions, bounds_of_rows
 from model.attention.spec import Heads
 from model.attention.strategies import local
@@ -70,7 +70,7 @@ class Ring(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attention(
     ring: Ring,
-    pair: Pair,
+    pair: MaskedKernel,
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
@@ -90,14 +90,14 @@ def _pack(k_BTKH: jax.Array, v_BTKH: jax.Array, k_at: Positions) -> tuple[jax.Ar
 
 def forward(
     ring: Ring,
-    pair: Pair,
+    pair: MaskedKernel,
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     heads: Heads,
     q_at: Positions,
     k_at: Positions,
-) -> Part:
+) -> PartialSoftmax:
     """(out [B, T, N, H], lse [B, T, N]) float32 of the same; no sink is among the keys."""
     q_bounds = bounds_of_rows(q_at)
 

@@ -16,10 +16,10 @@ from core import layout
 from core.compile import hardware
 from core.config import Unsupported
 from core.sharding import Rules, device_kind
-from model.attention.block_topk.pairs import Pairs
-from model.attention.block_topk.picked import Picked
-from model.attention.block_topk.picked_tpu import PickedTpu
-from model.attention.blocks import Pair, Part
+from model.attention.block_topk.pairs import RoutingPairs
+from model.attention.block_topk.picked import GatheredBlocks
+from model.attention.block_topk.picked_tpu import GatheredBlocksTpu
+from model.attention.blocks import MaskedKernel, PartialSoftmax
 from model.attention.kernels import splash
 from model.attention.kernels.table import kernel_of, log_once
 from model.attention.mask import Positions
@@ -27,10 +27,10 @@ from model.attention.spec import AttentionSpec
 from model.attention.strategies import cost, gather, local, ring, ulysses
 
 # Kernels that go to chosen blocks in a way of their own; to the others these are tiles.
-PICKED: dict[ModuleType, type] = {splash: PickedTpu}
+PICKED: dict[ModuleType, type] = {splash: GatheredBlocksTpu}
 
 
-def _strategy(call: "Call") -> str:
+def _strategy(call: "AttentionCall") -> str:
     shards, choice = call.rules.size("length"), call.rules.strategy
     if shards == 1:
         return "local"  # whole rows: every strategy is this one
@@ -44,7 +44,7 @@ def _strategy(call: "Call") -> str:
     return choice
 
 
-def _choose(call: "Call", shards: int) -> str:
+def _choose(call: "AttentionCall", shards: int) -> str:
     """Chooses the strategy of `auto` for this layer and logs it; the ring on an unknown chip."""
     kind = device_kind()
     chip = hardware.chip(kind)
@@ -57,7 +57,7 @@ def _choose(call: "Call", shards: int) -> str:
     return choice
 
 
-class Call(NamedTuple):
+class AttentionCall(NamedTuple):
     """The properties of a call that a strategy is made from; shapes are those of whole arrays."""
 
     kernel: ModuleType
@@ -77,7 +77,7 @@ class Call(NamedTuple):
         spec: AttentionSpec,
         kernel: str,
         rules: Rules,
-    ) -> "Call":
+    ) -> "AttentionCall":
         """The call for these arrays."""
         looks_ahead = at.until_BT is not None
         if looks_ahead and (spec.top or spec.kind == "stream"):
@@ -90,25 +90,31 @@ class Call(NamedTuple):
         return cls(how, spec, rules, *sizes, looks_ahead)
 
     @property
-    def way(self) -> "Way":
+    def way(self) -> "DistributedAttention":
         """The strategy that `rules` ask for, or that is chosen for them, made for this call."""
         return STRATEGIES[_strategy(self)](self)
 
     @property
-    def pair(self) -> Pair | Picked | PickedTpu:
-        pair = Pair(self.kernel, self.spec.mask, self.q_shape[-1] ** -0.5, self.spec.softcap)
+    def pair(self) -> MaskedKernel | GatheredBlocks | GatheredBlocksTpu:
+        pair = MaskedKernel(
+            self.kernel, self.spec.mask, self.q_shape[-1] ** -0.5, self.spec.softcap
+        )
         if not self.spec.top:
             return pair
-        return PICKED.get(self.kernel, Picked)(pair, self.spec.block, self.q_shape[1])
+        return PICKED.get(self.kernel, GatheredBlocks)(pair, self.spec.block, self.q_shape[1])
 
-    def once_sorted(self, way: "Way") -> "Way":
+    def once_sorted(self, way: "DistributedAttention") -> "DistributedAttention":
         """`way`, its queries' choices sorted before: once for all hops."""
 
         def sorting(f, q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at):
-            heads = heads._replace(chosen=Pairs.of(heads.chosen, q_at))
+            heads = heads._replace(chosen=RoutingPairs.of(heads.chosen, q_at))
             return f(q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at)
 
-        return Way(*(functools.partial(sorting, f) for f in way)) if self.spec.top else way
+        return (
+            DistributedAttention(*(functools.partial(sorting, f) for f in way))
+            if self.spec.top
+            else way
+        )
 
     @property
     def reach(self) -> tuple[int, int]:
@@ -147,7 +153,7 @@ class Call(NamedTuple):
         )
 
 
-class Way(NamedTuple):
+class DistributedAttention(NamedTuple):
     """A strategy at work on one device: f(q_BTNH, k_BTKH, v_BTKH, heads, q_at, k_at) of its tokens.
 
     `attention` gives out in q's dtype, the sinks counted in, and can be differentiated; `part`
@@ -155,33 +161,41 @@ class Way(NamedTuple):
     """
 
     attention: Callable[..., jax.Array]
-    part: Callable[..., Part]
+    part: Callable[..., PartialSoftmax]
 
 
-def _local(call: Call) -> Way:
-    return call.once_sorted(Way(functools.partial(local.attention, call.pair), call.pair.forward))
+def _local(call: AttentionCall) -> DistributedAttention:
+    return call.once_sorted(
+        DistributedAttention(functools.partial(local.attention, call.pair), call.pair.forward)
+    )
 
 
-def _allgather(call: Call) -> Way:
+def _allgather(call: AttentionCall) -> DistributedAttention:
     axes = call.rules.axes("length")
     functions = gather.attention, gather.forward
-    return call.once_sorted(Way(*(functools.partial(f, axes, call.pair) for f in functions)))
+    return call.once_sorted(
+        DistributedAttention(*(functools.partial(f, axes, call.pair) for f in functions))
+    )
 
 
-def _ring(call: Call) -> Way:
+def _ring(call: AttentionCall) -> DistributedAttention:
     rules = call.rules
     place = rules.axes("length"), rules.ring_size(), rules.ulysses
     places = ring.Ring(*place, *call.reach, both_ways=call.ways == 2)
-    way = Way(*(functools.partial(f, places, call.pair) for f in (ring.attention, ring.forward)))
+    way = DistributedAttention(
+        *(functools.partial(f, places, call.pair) for f in (ring.attention, ring.forward))
+    )
     way = call.once_sorted(way)
     return way if rules.ulysses == 1 else _exchange(call, rules.ulysses, way)
 
 
-def _ulysses(call: Call) -> Way:
+def _ulysses(call: AttentionCall) -> DistributedAttention:
     return _exchange(call, call.rules.size("length"), _local(call))
 
 
-def _exchange(call: Call, degree: int, inner: Way) -> Way:
+def _exchange(
+    call: AttentionCall, degree: int, inner: DistributedAttention
+) -> DistributedAttention:
     rules = call.rules
     N = call.q_shape[2] // rules.size("act_heads")
     K = call.num_kv_heads // rules.size("act_kv_heads")
@@ -194,10 +208,10 @@ def _exchange(call: Call, degree: int, inner: Way) -> Way:
         )
     groups = np.arange(rules.size("length")).reshape(-1, degree).tolist()
     exchanged = functools.partial(ulysses.attention, rules.axes("length"), groups)
-    return Way(*(functools.partial(exchanged, f) for f in inner))
+    return DistributedAttention(*(functools.partial(exchanged, f) for f in inner))
 
 
-STRATEGIES: dict[str, Callable[[Call], Way]] = {
+STRATEGIES: dict[str, Callable[[AttentionCall], DistributedAttention]] = {
     "local": _local,
     "allgather": _allgather,
     "ring": _ring,

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from model.attention.mask import Positions
 from model.attention.spec import Heads
 
-# What it gives has the tokens in dim 1 and the heads in dim 2: out, or the out and lse of a Part.
+# Its results have the tokens in dim 1 and the heads in dim 2: out, or the out and lse of a partial
+# softmax.
 Inner = Callable[[jax.Array, jax.Array, jax.Array, Heads, Positions, Positions], Any]
 
 

@@ -13,7 +13,7 @@ import pytest
 from core.config import UserError
 from core.storage import output, rows_file, streams
 from core.storage.output import File
-from core.storage.rows_file import Rows
+from core.storage.rows_file import RowsFile
 
 FIELD = "decode.output"
 
@@ -53,7 +53,7 @@ def test_refused_before_the_work(tmp_path, name, message):
         (tmp_path / link).symlink_to(to)
     inputs = [("decode.prompts", tmp_path / "in.jsonl"), ("decode.checkpoint", tmp_path / "bundle")]
     with pytest.raises(UserError) as error:
-        Rows(f"{tmp_path}/{name}" if name[0] != "/" else name, FIELD, inputs)
+        RowsFile(f"{tmp_path}/{name}" if name[0] != "/" else name, FIELD, inputs)
     assert message in str(error.value) and f"{FIELD}=" in str(error.value)
     for file, content in mine.items():
         assert (tmp_path / file).read_text() == content
@@ -63,12 +63,15 @@ def test_rows_are_appended_through_links_by_several_runs(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to("disk/out.jsonl")
     long = "x" * 3 * rows_file.BLOCK
-    with Rows(str(tmp_path / "out"), FIELD) as one, Rows(str(tmp_path / "out"), FIELD) as two:
+    with (
+        RowsFile(str(tmp_path / "out"), FIELD) as one,
+        RowsFile(str(tmp_path / "out"), FIELD) as two,
+    ):
         one.append([{"a": 1}])
         two.append([{"b": [float("nan"), (1.5, float("inf"))]}])
         one.append([{"a": 2}, {"a": long}])
         assert one.told() == f"3 rows in {tmp_path}/out"
-    with Rows(str(tmp_path / "out"), FIELD) as three:
+    with RowsFile(str(tmp_path / "out"), FIELD) as three:
         three.append([{"c": 1}])
         assert three.told() == f"1 row in {tmp_path}/out, after those that it had"
     assert (tmp_path / "out").is_symlink()
@@ -81,7 +84,7 @@ def test_a_full_disk_keeps_whole_rows_and_says_how_many(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-        with Rows(str(path), FIELD) as rows, pytest.raises(SystemExit) as error:
+        with RowsFile(str(path), FIELD) as rows, pytest.raises(SystemExit) as error:
             rows.append({"text": "x" * 20, "row": i} for i in range(9))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -103,7 +106,7 @@ def test_a_signal_waits_until_a_row_is_written_and_counted(tmp_path, monkeypatch
         append(file, line)
 
     monkeypatch.setattr(rows_file, "_append", interrupted)
-    with Rows(str(tmp_path / "out.jsonl"), FIELD) as rows:
+    with RowsFile(str(tmp_path / "out.jsonl"), FIELD) as rows:
         with pytest.raises(error):
             rows.append([{"a": 1}, {"a": 2}])
         assert rows.count == 1
@@ -114,7 +117,7 @@ def test_a_signal_waits_until_a_row_is_written_and_counted(tmp_path, monkeypatch
 def test_a_fifo_gets_rows_and_a_pipe_is_named_when_its_reader_leaves(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
-    with Rows(str(tmp_path / "fifo"), FIELD) as rows:
+    with RowsFile(str(tmp_path / "fifo"), FIELD) as rows:
         rows.append([{"a": 1}])
         assert os.read(reader, 100) == b'{"a": 1}\n'
         os.close(reader)
@@ -126,7 +129,7 @@ def test_stdout_by_any_name_gets_the_rows(tmp_path, monkeypatch):
     with open(tmp_path / "sent", "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         for name in ("-", str(tmp_path / "sent")):
-            with Rows(name, FIELD) as rows:
+            with RowsFile(name, FIELD) as rows:
                 assert rows.is_stdout and not rows.kept
                 rows.append([{"a": 1}])
     assert written(tmp_path / "sent") == [{"a": 1}] * 2

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from core.config import UserError
 from core.tokenizer import tokenizer_files
 from data.tokenizer import load
-from infer.text import Writer
+from infer.text import Detokenizer
 
 
 def _beside(token, i):
@@ -70,7 +70,7 @@ def test_what_any_file_calls_special(tmp_path, made, kind, way):
         assert i not in ids and model.decode(ids) == f"a{token}b"
         assert i in model.encode(f"a{token}b", special=True)
         assert model.decode([*ids, i, *ids]) == f"a{token}b" * 2
-        writer = Writer(model, (token,), ids)
+        writer = Detokenizer(model, (token,), ids)
         assert writer.push(i) + "".join(map(writer.push, ids)) + writer.flush() == "a"
         assert model.fingerprint == load.load(folder).fingerprint != plain.fingerprint
 

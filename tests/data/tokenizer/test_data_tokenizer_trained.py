@@ -6,7 +6,7 @@ import tokenizer_cases
 from tokenizer_cases import TEXTS, random_texts
 
 from core.config import UserError
-from data.texts.sample import UNIT, Sample
+from data.texts.sample import UNIT, TextSample
 from data.tokenizer import load, trained
 
 ALPHABET = "ab Th1 \t\n\r\0\x10\u258101\u00e9\u4f60\U0001f600\ufeff\ufffd<s>"
@@ -115,7 +115,7 @@ def test_errors_of_the_user(model, tmp_path):
 
 def test_sample_is_even_bounded_and_blind_to_the_order():
     texts = [f"{i}:".ljust(UNIT // 4, "x") for i in range(100)]
-    forward, backward = Sample(20 * UNIT // 4), Sample(20 * UNIT // 4)
+    forward, backward = TextSample(20 * UNIT // 4), TextSample(20 * UNIT // 4)
     for text in texts:
         forward.add(text)
     for text in reversed(texts):
@@ -124,6 +124,6 @@ def test_sample_is_even_bounded_and_blind_to_the_order():
     assert kept == list(backward.texts()) and len(kept) == 20
     places = sorted(int(text.split(":")[0]) for text in kept)
     assert places[0] < 25 and places[-1] > 75
-    everything = Sample(10**9)
+    everything = TextSample(10**9)
     everything.add("ab" * UNIT)
     assert sorted(map(len, everything.texts())) == [UNIT, UNIT]

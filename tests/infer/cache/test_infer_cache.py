@@ -14,11 +14,11 @@ from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
 from infer.sampling.params import Sampling, pack
 from model.attention.spec import full, moba, nsa, sliding
-from model.cache.form import Form
+from model.cache.form import CacheConfig
 
 ROWS = [np.random.default_rng(n).integers(0, 320, n).astype(np.int32) for n in (1, 17, 48, 33)]
-HOST = Form(cache_host=True)
-INT8, INT4 = (Form(k_cache=kind, v_cache=kind) for kind in ("int8", "int4"))
+HOST = CacheConfig(cache_host=True)
+INT8, INT4 = (CacheConfig(k_cache=kind, v_cache=kind) for kind in ("int8", "int4"))
 NEAR_AND_FAR = cases.model_config()
 FAR_FIRST = cases.model_config(pattern=(full(), sliding(6)))  # a group of layers begins with it
 CHOOSING = cases.model_config(
@@ -119,7 +119,7 @@ def test_whole_texts_stay_in_the_hosts_memory(one_device):
 )
 def test_what_the_hosts_memory_is_not_for(fields, message):
     with pytest.raises(Unsupported, match=message):
-        Form(cache_host=True, **fields)
+        CacheConfig(cache_host=True, **fields)
 
 
 def test_pages_take_no_guesses():
@@ -131,6 +131,6 @@ def test_rings_are_not_worth_the_hosts_memory():
     with pytest.raises(Unsupported, match="cache_host=True with layers of kind sliding"):
         HOST.apply(cases.model_config(pattern=(sliding(6),)))
     with pytest.raises(Unsupported, match="cache_host=True with layers of kind stream"):
-        Form(cache_host=True, cache_window=8, cache_sinks=2).apply(
+        CacheConfig(cache_host=True, cache_window=8, cache_sinks=2).apply(
             cases.model_config(pattern=(full(),))
         )

@@ -8,7 +8,7 @@ from conftest import make_mesh
 
 from core import sharding
 from core.config import Unsupported
-from model.cache.form import Form
+from model.cache.form import CacheConfig
 
 pytestmark = pytest.mark.slow
 # One of each way to say where tokens stand, what they see and how heads share keys.
@@ -16,10 +16,10 @@ NAMES = "gpt2", "llama-3.1", "llama-dynamic", "mistral", "qwen-3", "falcon-rw", 
 NAMES += "gemma-2", "gemma-3", "gemma-4"
 LIMIT = 1e-4  # as of test_model_goldens
 EXACT = {
-    "host": Form(cache_host=True),
-    "pages": Form(cache_pages=10, cache_page=4),  # what is asked is in 40 tokens, of 64
-    "window": Form(cache_window=64),
-    "sinks": Form(cache_window=64, cache_sinks=2),
+    "host": CacheConfig(cache_host=True),
+    "pages": CacheConfig(cache_pages=10, cache_page=4),  # what is asked is in 40 tokens, of 64
+    "window": CacheConfig(cache_window=64),
+    "sinks": CacheConfig(cache_window=64, cache_sinks=2),
 }
 # Logits of caches in few bits are off by no more of their own spread, root mean square.
 STATED = {"int8": 0.02, "int4": 0.3}
@@ -52,6 +52,6 @@ def test_kinds_that_keep_all_of_a_short_text_are_exact(name, kind, checkpoints):
 @pytest.mark.parametrize("kind", STATED)
 def test_kinds_of_few_bits_are_off_by_little(name, kind, checkpoints):
     expected = cases.golden(name).logits[:, cases.PROMPT - 1 :]
-    off = logits(name, Form(k_cache=kind, v_cache=kind), checkpoints) - expected
+    off = logits(name, CacheConfig(k_cache=kind, v_cache=kind), checkpoints) - expected
     off = np.sqrt((off**2).mean()) / expected.std()
     assert STATED[kind] / 100 < off < STATED[kind]

@@ -18,11 +18,11 @@ from infer.config import DecodeConfig, ScoreConfig
 from infer.engine import Engine, Plan
 from infer.sampling.params import Sampling, pack
 from model.attention.spec import full, sliding
-from model.cache.form import Form
+from model.cache.form import CacheConfig
 from model.ops.rope import Rope
 
 WINDOW, SINKS = 28, 4
-FORM = Form(cache_window=WINDOW, cache_sinks=SINKS)
+FORM = CacheConfig(cache_window=WINDOW, cache_sinks=SINKS)
 ONE_LAYER = dict(num_layers=1, pattern=(full(rope=Rope(500_000.0)),))
 MILLION = 1_000_000
 
@@ -62,7 +62,7 @@ def assert_reads_what_is_kept(length: int, new: int, chunk: int) -> None:
 def test_each_token_sees_what_is_kept(one_device, chunk):
     """Also those that come in one chunk with the sinks, and stand beyond the window."""
     model = cases.random_model(cases.model_config(**ONE_LAYER))
-    form, tokens_T = Form(cache_window=5, cache_sinks=3), text(60)
+    form, tokens_T = CacheConfig(cache_window=5, cache_sinks=3), text(60)
     engine = Engine(model, Plan(1, 64, chunk), form=form)
     (found,) = engine.score([tokens_T])[1]
     for end in range(1, 60):

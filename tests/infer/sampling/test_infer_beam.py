@@ -17,9 +17,9 @@ from infer.engine import Engine, Plan
 from infer.sampling import beam
 from infer.sampling.beam import Search
 from model.attention.spec import full, sliding
-from model.cache.form import Form
+from model.cache.form import CacheConfig
 
-V, PLAIN = 7, Form()
+V, PLAIN = 7, CacheConfig()
 PROMPTS = [np.random.default_rng(n).integers(0, V, n).astype(np.int32) for n in (9, 1, 13, 4)]
 LIMITS = 9, 5, 6, 1
 
@@ -108,7 +108,9 @@ def test_on_a_mesh(sizes):
 @pytest.mark.slow
 def test_rows_of_the_hosts_memory(one_device):
     model = cases.random_model(cases.model_config(num_layers=1, pattern=(full(),)))
-    found, expected = (search(model, 3, 1.0, form=form) for form in (Form(cache_host=True), PLAIN))
+    found, expected = (
+        search(model, 3, 1.0, form=form) for form in (CacheConfig(cache_host=True), PLAIN)
+    )
     for texts, others in zip(found, expected, strict=True):
         assert [text[1] for text in texts] == [other[1] for other in others]
 

@@ -16,14 +16,14 @@ from core.config import Unsupported, UserError
 from infer import decode, load
 from infer.config import DecodeConfig
 from infer.engine import Engine, Plan
-from infer.prefix import Reader
+from infer.prefix import PrefixCache
 from infer.sampling.params import Sampling, pack
 from infer.speculative import guess
 from infer.speculative.speculate import Speculator
 from model.attention.spec import full, moba, nsa, prefix, sliding
-from model.cache.form import Form
+from model.cache.form import CacheConfig
 
-PLAIN = Form()
+PLAIN = CacheConfig()
 V = 12  # so few that n-grams come again
 LIMITS = 24, 7, 15, 1
 PROMPTS = [np.random.default_rng(n).integers(0, V, n).astype(np.int32) for n in (20, 1, 9, 17)]
@@ -56,7 +56,7 @@ def check(model, hows, guesses=4, ngram=2, draft=None, eos=(), form=PLAIN):
     tokenizer = SimpleNamespace(eos=eos, vocab_size=V)
     engine = Engine(model, Plan.of(B, 20, 24, 8), tokenizer, 2, form)
     if draft is not None:
-        draft = Reader(Engine(draft, engine.plan, tokenizer, 0, form), PROMPTS, LIMITS, 0)
+        draft = PrefixCache(Engine(draft, engine.plan, tokenizer, 0, form), PROMPTS, LIMITS, 0)
     speculator = Speculator(engine, guesses, ngram, draft)
 
     def start():
@@ -126,7 +126,7 @@ def test_a_draft_of_other_weights_and_another_padded_vocabulary(one_device):
 @pytest.mark.slow
 def test_a_cache_for_texts_without_end(one_device):
     model = cases.random_model(cases.model_config(num_layers=1, pattern=(full(),)))
-    form = Form(cache_window=6, cache_sinks=2)
+    form = CacheConfig(cache_window=6, cache_sinks=2)
     guesses, right, _ = check(model, HOWS, draft=model, form=form).tally
     assert guesses == right > 0
     guesses, right, _ = check(model, HOWS, form=form).tally
@@ -134,7 +134,9 @@ def test_a_cache_for_texts_without_end(one_device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [Form(cache_host=True), Form(k_cache="int8", v_cache="int4")])
+@pytest.mark.parametrize(
+    "form", [CacheConfig(cache_host=True), CacheConfig(k_cache="int8", v_cache="int4")]
+)
 def test_a_cache_in_few_bits_or_in_the_memory_of_the_host(one_device, form):
     guesses, right, _ = check(model_of("full and ring"), HOWS, form=form).tally
     assert 0 < right < guesses
@@ -185,7 +187,7 @@ def test_what_is_drawn_with_a_draft_has_the_distribution_of_the_model(one_device
             expected[before] *= (p_V / p_V.sum()).reshape((small,) + (1,) * (2 - depth))
     tokenizer = SimpleNamespace(eos=(), vocab_size=small)
     engine = Engine(model, Plan.of(rows, 3, 3, 4), tokenizer)
-    draft = Reader(Engine(other, engine.plan, tokenizer), prompt, [3] * rows, 0)
+    draft = PrefixCache(Engine(other, engine.plan, tokenizer), prompt, [3] * rows, 0)
     speculator = Speculator(engine, 2, 1, draft)
     packed = pack([Sampling(temperature=temperature, max_tokens=3)] * rows)
     state = engine.start(engine.prefill(prompt), prompt, range(rows), packed)

@@ -12,7 +12,7 @@ from conftest import small_tiles
 from tolerances import assert_close
 
 from model.attention import blocks
-from model.attention.blocks import Pair
+from model.attention.blocks import MaskedKernel
 from model.attention.kernels import chunked, reference
 from model.attention.kernels.table import KERNELS
 from model.attention.mask import Full, Mask, Positions, Window
@@ -84,7 +84,7 @@ def query_and_key_places(tokens) -> tuple[Positions, Positions]:
 @functools.cache
 def compiled(kernel: str, mask: Mask, softcap: float):
     """(out, lse) and (dq, dk, dv, dsink) of a kernel, through the pair that it exports."""
-    pair = Pair(KERNELS[kernel], mask, attention_cases.H**-0.5, softcap)
+    pair = MaskedKernel(KERNELS[kernel], mask, attention_cases.H**-0.5, softcap)
 
     @jax.jit
     def run(q, k, v, dout, q_at, k_at, heads):
@@ -218,7 +218,7 @@ def test_the_log_sum_exp_has_a_gradient():
     at = Positions(*(jnp.asarray(x) for x in documents((T,), length=T)))
 
     def ours(q, k, v, sink_N):
-        pair = Pair(chunked, Full(), H**-0.5, 0.0)
+        pair = MaskedKernel(chunked, Full(), H**-0.5, 0.0)
         out, lse = local.with_lse(pair, q, k, v, Heads(sink_N), at, at)
         return (out * weight).sum() + jnp.sin(lse).sum()
 
@@ -237,7 +237,9 @@ def test_the_log_sum_exp_has_a_gradient():
 
 def test_chunked_memory_grows_with_the_length_not_its_square():
     def loss(q, k, v, at):
-        return local.attention(Pair(chunked, Full(), 1.0, 0.0), q, k, v, Heads(), at, at).sum()
+        return local.attention(
+            MaskedKernel(chunked, Full(), 1.0, 0.0), q, k, v, Heads(), at, at
+        ).sum()
 
     def temporary_bytes(length):
         x = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
@@ -267,8 +269,8 @@ def test_cache_and_new_tokens_merge_to_attention_over_both(window, softcap):
     segments = np.ones_like(positions)
     segments[1, 4:] = 0
     rows = np.arange(2)[:, None]
-    stored = flash_decode.Stored(*map(jnp.asarray, (*cached, at_BS, layer, seen)))
-    pair = Pair(reference, Window(window) if window else Full(), H**-0.5, softcap)
+    stored = flash_decode.LayerCache(*map(jnp.asarray, (*cached, at_BS, layer, seen)))
+    pair = MaskedKernel(reference, Window(window) if window else Full(), H**-0.5, softcap)
     at = where(positions, segments)
 
     @jax.jit

@@ -24,7 +24,7 @@ from model.attention.spec import (
     stream,
 )
 from model.attention.spec import chunked as in_chunks
-from model.attention.strategies.table import Call
+from model.attention.strategies.table import AttentionCall
 from model.cache import cached
 from model.ops.rope import Rope
 
@@ -130,7 +130,7 @@ def test_until_is_refused_where_the_past_is_chosen_from(spec):
     q = jnp.zeros((1, 8, N, H))
     at = Positions(*jnp.zeros((3, 1, 8), jnp.int32))
     with pytest.raises(NotImplementedError, match=f"kind='{spec.kind}' with tokens that see later"):
-        Call.of(q, q, at, spec, "reference", sharding.whole())
+        AttentionCall.of(q, q, at, spec, "reference", sharding.whole())
 
 
 @pytest.mark.parametrize(

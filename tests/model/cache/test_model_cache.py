@@ -22,7 +22,7 @@ from core.config import Unsupported
 from model.attention.mask import Positions
 from model.attention.spec import AttentionSpec, Heads
 from model.cache import cached, flash_decode, kv_cache
-from model.cache.form import Form
+from model.cache.form import CacheConfig
 from model.config import ModelConfig
 
 H = attention_cases.H
@@ -51,11 +51,11 @@ class How:
     sizes: tuple[int, int, int]
     strategy: str = ""
     heads: tuple[int, int] = (8, 2)
-    form: Form = Form()
+    form: CacheConfig = CacheConfig()
 
     def __str__(self) -> str:
         mesh = "x".join(map(str, self.sizes))
-        form = f"-{self.form.name}" * (self.form != Form())
+        form = f"-{self.form.name}" * (self.form != CacheConfig())
         return f"{self.kind}-{mesh}-{self.strategy or 'whole'}{form}"
 
     @property
@@ -179,7 +179,7 @@ def run(how: How) -> tuple[np.ndarray, kv_cache.KVCache]:
         held = kv_cache.create(config(how), 2, ROOM, rules, how.form)
         for (_, k, v), at in (*old, new):
             k, v = (jnp.stack((x * 0 - 1, x)) for x in (k, v))
-            before, held = held, held.write([flash_decode.New(k, v)], at, rules)
+            before, held = held, held.write([flash_decode.NewKV(k, v)], at, rules)
         before = spoilt(before, how)
         (q, k, v), at = new
         sinks, slopes = attention_cases.heads(how.case)

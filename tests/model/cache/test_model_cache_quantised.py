@@ -15,11 +15,12 @@ from test_model_cache import How
 
 from core import tree
 from model.cache import kv_cache, kv_quant
-from model.cache.form import BITS, Form
+from model.cache.form import BITS, CacheConfig
 
-FORMS = [Form(k_cache=k, v_cache=v) for k, v in (("int8", "int8"), ("int4", "int4"))]
+FORMS = [CacheConfig(k_cache=k, v_cache=v) for k, v in (("int8", "int8"), ("int4", "int4"))]
 MIXED = [
-    Form(k_cache=k, v_cache=v) for k, v in (("int8", "int4"), ("int4", "int8"), ("int8", "compute"))
+    CacheConfig(k_cache=k, v_cache=v)
+    for k, v in (("int8", "int4"), ("int4", "int8"), ("int8", "compute"))
 ]
 INT8, INT4 = FORMS
 HOWS = (
@@ -106,7 +107,7 @@ def test_bytes(form):
 
 
 def test_names():
-    assert [form.name for form in (Form(), *FORMS, *MIXED)] == [
+    assert [form.name for form in (CacheConfig(), *FORMS, *MIXED)] == [
         "plain", "int8", "int4", "k8v4", "k4v8", "int8 keys"
     ]  # fmt: skip
     assert dataclasses.replace(INT8, k_cache="compute").name == "int8 values"

@@ -19,11 +19,11 @@ from tolerances import assert_close
 from core.config import Unsupported, UserError
 from model.attention.spec import Heads, full, sliding
 from model.cache import cached, flash_decode, kv_cache, quest
-from model.cache.form import Form
+from model.cache.form import CacheConfig
 
 PAGE = 4
 SPECS = {"full": dict(softcap=2.0), "alibi": dict(alibi=0.2)}
-FEW, ALL = (Form(cache_pages=pages, cache_page=PAGE) for pages in (3, 1000))
+FEW, ALL = (CacheConfig(cache_pages=pages, cache_page=PAGE) for pages in (3, 1000))
 HOWS = (
     How("full", (1, 1, 1), form=FEW),
     How("alibi", (2, 2, 2), form=FEW),
@@ -50,7 +50,7 @@ def run(how: How, new: int = 1) -> tuple[np.ndarray, kv_cache.KVCache]:
         held = kv_cache.create(config, 2, cases.ROOM, rules, how.form)
         for (_, k, v), at in old:
             k, v = (jnp.stack((x * 0 - 1, x)) for x in (k, v))
-            held = held.write([flash_decode.New(k, v)], at, rules)
+            held = held.write([flash_decode.NewKV(k, v)], at, rules)
         each = jax.tree.map(
             lambda x: jax.sharding.reshard(x, rules("act_heads")), attention_cases.heads(case)
         )
@@ -160,7 +160,7 @@ def test_a_long_chunk_reads_everything():
 
 def test_mistakes():
     with pytest.raises(UserError, match="cache_pages=2 with cache_window=4"):
-        Form(cache_pages=2, cache_window=4)
+        CacheConfig(cache_pages=2, cache_window=4)
     config = dataclasses.replace(cases.config(HOWS[0]), pattern=(sliding(4),))
     with pytest.raises(Unsupported, match="cache_pages=3 with model.pattern of kind sliding"):
         FEW.apply(config)

@@ -18,7 +18,7 @@ from model.attention import attend
 from model.attention.mask import Positions
 from model.attention.spec import Heads, chunked, full, moba, prefix, sliding, stream
 from model.cache import cached_stream, flash_decode, kv_cache
-from model.cache.form import Form
+from model.cache.form import CacheConfig
 from model.config import ModelConfig
 from model.ops import rope
 from model.ops.rope import Rope
@@ -65,7 +65,7 @@ def run(how: How) -> tuple[np.ndarray, kv_cache.KVCache]:
                 table = rope.table(at.positions_BT, spec.rope, cases.H)
                 q, k = rope.rotate(q, table), rope.rotate(k, table)
             before, stacked = held, [jnp.stack((x * 0 - 1, x)) for x in (k, v)]
-            held = held.write([flash_decode.New(*stacked)], at, rules)
+            held = held.write([flash_decode.NewKV(*stacked)], at, rules)
         each = attention_cases.heads(case)
         each = jax.tree.map(lambda x: jax.sharding.reshard(x, rules("act_heads")), each)
         out = cached_stream.stream_cached(
@@ -134,7 +134,7 @@ def test_positions_count_inside_what_is_kept(how):
 
 
 def test_a_cache_in_8_bits_is_read_alike():
-    how = How("rope", (1, 2, 1), form=Form(k_cache="int8", v_cache="int8"))
+    how = How("rope", (1, 2, 1), form=CacheConfig(k_cache="int8", v_cache="int8"))
     error = np.abs(run(how)[0] - run(How("rope", (1, 1, 1)))[0])[0]
     assert 1e-4 < error.max() < 0.02
 
@@ -151,13 +151,13 @@ def model(**fields) -> ModelConfig:
 
 
 def test_layers_that_see_further_are_those_that_change():
-    form = Form(cache_window=6, cache_sinks=2)
+    form = CacheConfig(cache_window=6, cache_sinks=2)
     kinds = full(softcap=3.0), sliding(9), sliding(7), sliding(7, sinks=1), chunked(20)
     assert form.apply(model(pattern=kinds, num_layers=5)).pattern == (
         stream(6, 2, softcap=3.0), stream(6, 2), *kinds[2:]
     )  # fmt: skip
-    assert Form(cache_window=6).apply(model()).pattern == (sliding(6),)
-    assert Form().apply(model()) == model()
+    assert CacheConfig(cache_window=6).apply(model()).pattern == (sliding(6),)
+    assert CacheConfig().apply(model()) == model()
     assert form.name == "stream 6+2"
 
 
@@ -178,12 +178,12 @@ def test_layers_that_see_further_are_those_that_change():
 )
 def test_what_cannot_go_on_without_end(fields, message):
     with pytest.raises(Unsupported, match=message):
-        Form(cache_window=6).apply(model(**fields))
+        CacheConfig(cache_window=6).apply(model(**fields))
 
 
 def test_mistakes():
     with pytest.raises(UserError, match="cache_sinks=4 with cache_window=0: .*set cache_window"):
-        Form(cache_sinks=4)
+        CacheConfig(cache_sinks=4)
     with pytest.raises(UserError, match="kind='stream' with sinks=0: that is kind='sliding'"):
         stream(4, 0)
     with pytest.raises(Unsupported, match="kind='stream' is how a cache is read"):

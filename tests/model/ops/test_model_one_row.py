@@ -11,9 +11,9 @@ from tolerances import assert_close
 
 from model.ops import one_row, quantised
 from model.ops.linear import product, project
-from model.ops.quantised import Rounding
+from model.ops.quantised import QuantConfig
 
-FORMS = [Rounding(8), Rounding(8, 16), Rounding(4, 16), Rounding(4)]
+FORMS = [QuantConfig(8), QuantConfig(8, 16), QuantConfig(4, 16), QuantConfig(4)]
 PRODUCTS = {  # subscripts: shape and sharding of the weight
     "BTD,DNH->BTNH": ((64, 4, 16), (None, "model", None)),
     "BTNH,NHD->BTD": ((4, 16, 64), ("model", None, None)),
@@ -66,7 +66,7 @@ def of_bfloat16(x_1I):
 
 
 def of_integers(x_1I):
-    w = quantised.quantise(jnp.ones((len(x_1I[0]), 4096)), 1, Rounding(8, 64))
+    w = quantised.quantise(jnp.ones((len(x_1I[0]), 4096)), 1, QuantConfig(8, 64))
     return w, lambda x_1I, w: project("BD,DF->BF", x_1I, w)
 
 

@@ -15,7 +15,7 @@ from model.attention.spec import full
 from model.config import ModelConfig
 from model.ops import quantised
 from model.ops.linear import project
-from model.ops.quantised import Rounding
+from model.ops.quantised import QuantConfig
 from model.sizes import weights
 
 CONFIG = ModelConfig(
@@ -29,7 +29,7 @@ CONFIG = ModelConfig(
     mlp_dim=96,
     pattern=(full(),),
 )
-FORMS = [Rounding(8), Rounding(8, 16), Rounding(4, 16), Rounding(4, 32)]
+FORMS = [QuantConfig(8), QuantConfig(8, 16), QuantConfig(4, 16), QuantConfig(4, 32)]
 ROWS, PLACES = (2, 4), PartitionSpec("data", "seq")  # of what is multiplied
 PRODUCTS = {  # subscripts: shape and sharding of the weight, sharding of the result
     "BTD,DNH->BTNH": ((64, 4, 16), (None, "model", None), None),
@@ -114,10 +114,10 @@ def test_tables_give_rows_and_logits(monkeypatch, sizes):
 
 @pytest.mark.parametrize("sizes, kind, group, expected", [
     ((1, 1, 1), "compute", None, None),
-    ((1, 1, 1), "int8", None, Rounding(8, 0)),
-    ((1, 1, 1), "int4", None, Rounding(4, 32)),
-    ((2, 1, 2), "int4", None, Rounding(4, 16)),  # 48 of the MLP on a device
-    ((2, 1, 2), "int8", 0, Rounding(8, 0)),
+    ((1, 1, 1), "int8", None, QuantConfig(8, 0)),
+    ((1, 1, 1), "int4", None, QuantConfig(4, 32)),
+    ((2, 1, 2), "int4", None, QuantConfig(4, 16)),  # 48 of the MLP on a device
+    ((2, 1, 2), "int8", 0, QuantConfig(8, 0)),
 ])  # fmt: skip
 def test_groups_are_as_large_as_divide_all_inputs(sizes, kind, group, expected):
     with jax.set_mesh(make_mesh(sizes)):

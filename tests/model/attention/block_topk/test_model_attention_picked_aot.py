@@ -7,9 +7,9 @@ from conftest import tpu_kernels
 
 from core.compile.aot import slice_devices
 from core.sharding import MeshConfig, make_mesh
-from model.attention.block_topk.pairs import Pairs
-from model.attention.block_topk.picked_tpu import PickedTpu
-from model.attention.blocks import Pair
+from model.attention.block_topk.pairs import RoutingPairs
+from model.attention.block_topk.picked_tpu import GatheredBlocksTpu
+from model.attention.blocks import MaskedKernel
 from model.attention.kernels import reference
 from model.attention.mask import Full, Positions
 from model.attention.spec import Heads
@@ -23,10 +23,10 @@ MOBA = dict(M=4, K=2, block=512, alibi=True)
 
 def kernels(topology, M, K, block, softcap=0.0, alibi=False, T=256, H=128, dtype="bfloat16"):
     """Names of the kernels in the program of forward and backward, of 4 query heads."""
-    picked = PickedTpu(Pair(reference, Full(), H**-0.5, softcap), block, length=T)
+    picked = GatheredBlocksTpu(MaskedKernel(reference, Full(), H**-0.5, softcap), block, length=T)
 
     def both(q, k, v, heads, at, *done):
-        args = q, k, v, heads._replace(chosen=Pairs.of(heads.chosen, at)), at, at
+        args = q, k, v, heads._replace(chosen=RoutingPairs.of(heads.chosen, at)), at, at
         return picked.forward(*args), picked.backward(*args, *done)
 
     with jax.set_mesh(make_mesh(MeshConfig(), slice_devices(topology)[:1])):

@@ -17,11 +17,11 @@ from tolerances import assert_close
 from core.config import Unsupported
 from model.attention import blocks
 from model.attention.block_topk import picked_call, picked_steps, picked_tpu
-from model.attention.block_topk.pairs import Pairs, Run
-from model.attention.block_topk.picked import Picked
-from model.attention.block_topk.picked_call import Call
-from model.attention.block_topk.picked_tpu import PickedTpu
-from model.attention.blocks import Pair
+from model.attention.block_topk.pairs import RoutingPairs, SortedRuns
+from model.attention.block_topk.picked import GatheredBlocks
+from model.attention.block_topk.picked_call import GatheredCall
+from model.attention.block_topk.picked_tpu import GatheredBlocksTpu
+from model.attention.blocks import MaskedKernel
 from model.attention.kernels import reference
 from model.attention.mask import Full, Positions
 from model.attention.spec import Heads
@@ -94,7 +94,7 @@ def inputs(case: Case) -> tuple:
 @functools.partial(jax.jit, static_argnums=0)
 def attended(picked, q, k, v, heads, q_at, k_at, dout):
     """RESULTS."""
-    heads = heads._replace(chosen=Pairs.of(heads.chosen, q_at))
+    heads = heads._replace(chosen=RoutingPairs.of(heads.chosen, q_at))
     out, lse = picked.forward(q, k, v, heads, q_at, k_at)
     done = dout, lse, blocks.delta(out, dout)
     return out, lse, *picked.backward(q, k, v, heads, q_at, k_at, *done)
@@ -102,9 +102,10 @@ def attended(picked, q, k, v, heads, q_at, k_at, dout):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_equal_tiles(case):
-    pair = Pair(reference, Full(), H**-0.5, case.softcap)
+    pair = MaskedKernel(reference, Full(), H**-0.5, case.softcap)
     actual, expected = (
-        attended(of(pair, case.block, LENGTH), *inputs(case)) for of in (PickedTpu, Picked)
+        attended(of(pair, case.block, LENGTH), *inputs(case))
+        for of in (GatheredBlocksTpu, GatheredBlocks)
     )
     assert np.isneginf(expected[1]).any() and np.isfinite(expected[1]).any()
     for name, a, b in zip(RESULTS, actual, expected, strict=True):
@@ -116,7 +117,7 @@ def test_a_step_begins_with_each_block_and_each_tile():
     """Nobody chose blocks (0, 0) and (1, 3); of (1, 2) no key is here, so its pair is left out."""
     of_pairs = [(1, 0)] * 3 + [(1, 1)] * 6 + [(1, 2)] * 1 + [(2, 0)] * 2
     of_keys = [(0, 0)] * 2 + [(1, 0)] * 4 + [(1, 1)] * 3 + [(1, 3)] * 4 + [(2, 0)]
-    both = (Run.of(*jnp.asarray(x, jnp.int32).T) for x in (of_pairs, of_keys))
+    both = (SortedRuns.of(*jnp.asarray(x, jnp.int32).T) for x in (of_pairs, of_keys))
     found = []
 
     def see(carry, queries_P, steps):
@@ -127,7 +128,7 @@ def test_a_step_begins_with_each_block_and_each_tile():
     pairs, keys = both
     with jax.disable_jit():
         starts = picked_steps.starts(keys)
-        here = Pairs(pairs, jnp.arange(12))
+        here = RoutingPairs(pairs, jnp.arange(12))
         picked_steps.each_part(here, keys, starts, 8, 4, see, 0)
     assert starts.tolist()[:6] == [0, 2, 6, 9, 13, 14]
     (queries, begin, low, high), (last_queries, *last) = found
@@ -141,7 +142,7 @@ def test_a_step_begins_with_each_block_and_each_tile():
 
 def test_blocks_too_long_for_vector_memory_are_refused(monkeypatch):
     monkeypatch.undo()
-    pair = Pair(reference, Full(), 1.0, 0.0)
-    call = Call.of(pair, 1, 512, 2**17, alibi=False)
+    pair = MaskedKernel(reference, Full(), 1.0, 0.0)
+    call = GatheredCall.of(pair, 1, 512, 2**17, alibi=False)
     with pytest.raises(Unsupported, match="choose a smaller block"):
         call.memory(picked_tpu.picked_kernel.forward, {"q_RH": jnp.zeros((1, 512, 128))})

@@ -20,8 +20,8 @@ from tolerances import assert_close
 from core import layout, sharding
 from model.attention import attend, nsa, spec
 from model.attention.block_topk import pairs, picked_call, picked_steps, picked_tpu, select
-from model.attention.block_topk.picked import Picked
-from model.attention.blocks import Pair
+from model.attention.block_topk.picked import GatheredBlocks
+from model.attention.blocks import MaskedKernel
 from model.attention.kernels import chunked
 from model.attention.kernels import table as kernels
 from model.attention.mask import Positions
@@ -55,7 +55,7 @@ def small_blocks(monkeypatch):
     for name, size in dict(LANES=8, ALIGN=4, KEYS=3).items():
         monkeypatch.setattr(picked_call, name, size)
     monkeypatch.setitem(kernels.KERNELS, "on_tpu", ON_TPU)
-    monkeypatch.setitem(strategies.PICKED, ON_TPU, picked_tpu.PickedTpu)
+    monkeypatch.setitem(strategies.PICKED, ON_TPU, picked_tpu.GatheredBlocksTpu)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,13 +226,15 @@ def test_nothing_leaks(how):
 @pytest.mark.parametrize("strategy", list(strategies.STRATEGIES))
 def test_a_kernel_for_tpus_goes_to_chosen_blocks_in_its_own_way(strategy):
     for what, kernel, way in (
-        (MOBA, "splash", picked_tpu.PickedTpu),
-        (NSA, "splash", picked_tpu.PickedTpu),
-        (NSA, "chunked", Picked),
-        (spec.full(), "splash", Pair),
+        (MOBA, "splash", picked_tpu.GatheredBlocksTpu),
+        (NSA, "splash", picked_tpu.GatheredBlocksTpu),
+        (NSA, "chunked", GatheredBlocks),
+        (spec.full(), "splash", MaskedKernel),
     ):
         rules = sharding.training(strategy)
-        call = strategies.Call(kernels.KERNELS[kernel], what, rules, (1, LENGTH, N, H), K, 4)
+        call = strategies.AttentionCall(
+            kernels.KERNELS[kernel], what, rules, (1, LENGTH, N, H), K, 4
+        )
         assert type(call.pair) is way
 
 

@@ -12,7 +12,7 @@ from jax.sharding import AbstractDevice
 
 from core import sharding
 from model.attention import attend, blocks
-from model.attention.blocks import Pair
+from model.attention.blocks import MaskedKernel
 from model.attention.kernels import gpu, gpu_call
 from model.attention.kernels import table as kernels
 from model.attention.mask import Bidirectional, BlockSparse, Chunk, Full, Positions, Prefix, Window
@@ -74,7 +74,7 @@ def mesh_of_gpus(seq: int = 1):
     return jax.sharding.use_abstract_mesh(mesh)
 
 
-def both(pair: Pair, q, k, v, dout, at, heads):
+def both(pair: MaskedKernel, q, k, v, dout, at, heads):
     out, lse = pair.forward(q, k, v, heads, at, at)
     return out, lse, *pair.backward(q, k, v, heads, at, at, dout, lse, blocks.delta(out, dout))
 
@@ -86,7 +86,7 @@ def program(mask, H, dtype, alibi=False, softcap=0.0, T=200):
     heads = Heads(None, jax.ShapeDtypeStruct((8,), jnp.float32) if alibi else None)
     run = jax.jit(both, static_argnums=0)
     with mesh_of_gpus():
-        traced = run.trace(Pair(gpu, mask, 0.1, softcap), q, k, k, q, at, heads)
+        traced = run.trace(MaskedKernel(gpu, mask, 0.1, softcap), q, k, k, q, at, heads)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 

@@ -13,7 +13,7 @@ from tolerances import assert_close
 
 from core import sharding
 from model.attention import attend, blocks
-from model.attention.blocks import Pair
+from model.attention.blocks import MaskedKernel
 from model.attention.kernels import reference, splash, splash_call, splash_tiles
 from model.attention.kernels import table as kernels
 from model.attention.mask import Bidirectional, BlockSparse, Chunk, Full, Positions, Prefix, Window
@@ -110,7 +110,7 @@ def test_a_list_too_long_is_cut_in_parts(monkeypatch):
     at = Positions(jnp.asarray(tokens.q_positions), jnp.asarray(tokens.q_segments))
 
     def run(kernel):
-        pair = Pair(kernel, Window(17), 0.3, 2.0)
+        pair = MaskedKernel(kernel, Window(17), 0.3, 2.0)
         out, lse = pair.forward(q, k, v, Heads(), at, at)
         done = dout, lse, blocks.delta(out, dout)
         return out, lse, *pair.backward(q, k, v, Heads(), at, at, *done)

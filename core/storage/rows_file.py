@@ -1,6 +1,6 @@
 """A table of rows that grows in a file: JSON lines, appended as they come.
 
-    with rows_file.Rows(config.output, "decode.output", [("decode.prompts", path)]) as rows:
+    with rows_file.RowsFile(config.output, "decode.output", [("decode.prompts", path)]) as rows:
         rows.append([{"text": ...}])  # lines that are in the file when this returns
 
 UserError before the work begins if the file cannot be written, or holds something else than JSON

@@ -246,13 +246,13 @@ import sys, time
 from core.config import Experiment
 from data import prepare, store
 from data.config import DataConfig
-close = store.Writer.close
+close = store.ShardWriter.close
 def stop_here(self):
     entry = close(self)
     print("shard written", flush=True)
     time.sleep(60)
     return entry
-store.Writer.close = stop_here
+store.ShardWriter.close = stop_here
 data = DataConfig(source="files", files=(sys.argv[1],), vocab_size=300, validation_fraction=0.2)
 prepare.main(Experiment(name="x", workdir=sys.argv[2], data=data))
 """

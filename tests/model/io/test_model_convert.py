@@ -296,7 +296,7 @@ def killed(function):
         return function(*args)
     return call
 lazy.chunk = killed(lazy.chunk)
-safetensors.Writer.write = killed(safetensors.Writer.write)
+safetensors.TensorWriter.write = killed(safetensors.TensorWriter.write)
 convert.main(sys.argv[1:])
 """
 
@@ -323,7 +323,7 @@ def test_a_failure_leaves_nothing(imported, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(hf_export.Writer, "write", fail)
+    monkeypatch.setattr(hf_export.TensorWriter, "write", fail)
     with pytest.raises(SystemExit, match="nothing of it is left: no space left"):
         run("--from_bundle", imported / "bundle", "--to_hf", tmp_path / "target")
     assert not list(tmp_path.iterdir())

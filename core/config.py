@@ -55,14 +55,14 @@ def setting(
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Base of every part of a config: checks types and ranges, then its own `check`.
+    """Base of every part of a config: checks types, ranges and pairs, then its own `check`.
 
-    core/command/precedence.py reads the pairs: fields of which one at most is set, and fields that
-    are nothing without another.
+    The tables have pairs of fields and why: of EXCLUSIVE one at most is set, of NEEDS the first is
+    nothing without the second. core/command/precedence.py reads them too.
     """
 
-    EXCLUSIVE: ClassVar[tuple[tuple[str, str], ...]] = ()
-    NEEDS: ClassVar[tuple[tuple[str, str], ...]] = ()
+    EXCLUSIVE: ClassVar[dict[tuple[str, str], str]] = {}
+    NEEDS: ClassVar[dict[tuple[str, str], str]] = {}
 
     def __post_init__(self):
         hints = type_hints(type(self))
@@ -70,7 +70,25 @@ class Section:
             value = convert(hints[field.name], getattr(self, field.name), field.name)
             _check_range(field, value)
             object.__setattr__(self, field.name, value)
+        self._check_pairs()
         self.check()
+
+    def _check_pairs(self) -> None:
+        off = {field.name: field.default for field in dataclasses.fields(self)}
+
+        def is_set(name: str) -> bool:
+            return getattr(self, name) != off[name]
+
+        def both(a: str, b: str) -> str:
+            return f"{a}={shown(getattr(self, a))} with {b}={shown(getattr(self, b))}"
+
+        for (a, b), why in self.EXCLUSIVE.items():
+            if is_set(a) and is_set(b):
+                choice = f"{a}={off[a]!r} or {b}={off[b]!r}"
+                raise Unsupported(f"{both(a, b)}: {why}; take {choice}")
+        for (a, b), why in self.NEEDS.items():
+            if is_set(a) and not is_set(b):
+                raise UserError(f"{both(a, b)}: {why}; set {b} too, or take {a}={off[a]!r}")
 
     def check(self) -> None:
         """Raises UserError when fields contradict each other; sections override it."""

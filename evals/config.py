@@ -12,8 +12,11 @@ from model.cache.form import CacheConfig
 class BenchConfig(BundleSection, Weights, CacheConfig):
     """The context-window report of `python -m evals.bench`."""
 
-    EXCLUSIVE = (*CacheConfig.EXCLUSIVE, ("compare", "topology"))
-    NEEDS = (*CacheConfig.NEEDS, *Weights.NEEDS)
+    EXCLUSIVE = {
+        **CacheConfig.EXCLUSIVE,
+        ("compare", "topology"): "neither runs a model, and they are two commands",
+    }
+    NEEDS = {**CacheConfig.NEEDS, **Weights.NEEDS}
 
     checkpoint: str = setting("", "a bundle; empty is the workdir, or random weights")
     contexts: tuple[int, ...] = setting(
@@ -64,14 +67,8 @@ class BenchConfig(BundleSection, Weights, CacheConfig):
     output: str = setting("", "a folder; empty is WORKDIR/bench (compare: WORKDIR/compare)")
 
     def check(self) -> None:
-        CacheConfig.check(self)
         if len(self.compare) == 1:
             raise UserError(f"compare={self.compare} is one report: name two or more")
-        if self.compare and self.topology:
-            raise UserError(
-                f"compare={self.compare} and topology={self.topology!r}: neither runs a model, and "
-                "they are two commands; leave one out"
-            )
         for name in ("contexts", "kv", "depths", "tasks"):
             values = getattr(self, name)
             if len(set(values)) < len(values):

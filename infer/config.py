@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from core.config import Section, Unsupported, UserError, setting
+from core.config import Section, setting
 from infer.sampling.params import Sampling
 from model.cache.form import CacheConfig
 from model.sizes.weights import Kind
@@ -26,7 +26,7 @@ class BundleSection(Section):
 class Weights(Section):
     """How the weights are held."""
 
-    NEEDS = (("weights_group", "weights"),)
+    NEEDS = {("weights_group", "weights"): "it is of int8 and int4"}
 
     weights: Kind = setting(
         "compute", "as dtype says, or rounded to int8 or int4 when they are read"
@@ -41,27 +41,30 @@ class Weights(Section):
 
 # The settings of which beam search has no use.
 DRAWN = [field for field in dataclasses.fields(Sampling) if field.name not in ("max_tokens", "n")]
+DRAWS_NOTHING = "beam search looks for the likeliest text and draws nothing"
+AT_ITS_END = "the text of a beam search is known when the search has ended"
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig(BundleSection, Sampling, Weights, CacheConfig):
     """Settings of `python -m infer.decode`: the prompts, and how to continue them."""
 
-    EXCLUSIVE = (
-        *CacheConfig.EXCLUSIVE,
-        ("prompt", "prompts"),
-        ("cache_pages", "speculate"),
-        ("beams", "speculate"),
-        ("beams", "top_logprobs"),
-        *(("beams", field.name) for field in DRAWN),
-    )
-    NEEDS = (
-        *CacheConfig.NEEDS,
-        *Weights.NEEDS,
-        ("draft", "speculate"),
-        ("draft_step", "draft"),
-        ("length_penalty", "beams"),
-    )
+    EXCLUSIVE = {
+        **CacheConfig.EXCLUSIVE,
+        ("prompt", "prompts"): "they are two sources of prompts",
+        ("cache_pages", "speculate"): "the pages that count are others when several tokens are "
+        "checked at once, and the text would not be the same",
+        ("beams", "speculate"): AT_ITS_END,
+        ("beams", "top_logprobs"): AT_ITS_END,
+        **{("beams", field.name): DRAWS_NOTHING for field in DRAWN},
+    }
+    NEEDS = {
+        **CacheConfig.NEEDS,
+        **Weights.NEEDS,
+        ("draft", "speculate"): "a draft guesses the tokens of speculation",
+        ("draft_step", "draft"): "it is a step of a draft bundle",
+        ("length_penalty", "beams"): "it ranks the texts of beam search",
+    }
 
     prompt: str = setting("", "one text; with no prompts either, a document from its start")
     prompts: str = setting(
@@ -85,30 +88,12 @@ class DecodeConfig(BundleSection, Sampling, Weights, CacheConfig):
         1.0, "of beam search: a text scores its log-probability / new tokens ** this"
     )
 
-    def check(self) -> None:
-        Sampling.check(self)
-        CacheConfig.check(self)
-        if self.prompt and self.prompts:
-            raise UserError(f"prompt={self.prompt!r} and prompts={self.prompts!r}: give one")
-        if self.cache_pages and self.speculate:
-            raise Unsupported(
-                f"cache_pages={self.cache_pages} with speculate={self.speculate}: the pages that "
-                "count are others when several tokens are checked at once, and the text would "
-                "not be the same; set one of them to 0"
-            )
-        if self.draft and not self.speculate:
-            raise UserError(
-                f"draft={self.draft!r} with speculate=0 guesses nothing: set speculate=4, say"
-            )
-        if self.draft_step is not None and not self.draft:
-            raise UserError(f"draft_step={self.draft_step} is of no draft: set draft to a bundle")
-
 
 @dataclasses.dataclass(frozen=True)
 class ScoreConfig(BundleSection, Weights, CacheConfig):
     """Settings of `python -m infer.score`."""
 
-    NEEDS = (*CacheConfig.NEEDS, *Weights.NEEDS)
+    NEEDS = {**CacheConfig.NEEDS, **Weights.NEEDS}
 
     input: str = setting("", "a .jsonl (text or tokens), a .txt (a text a line), - for stdin")
     output: str = setting("", "a JSON lines file: rows are appended as they end; - for stdout")

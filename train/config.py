@@ -14,7 +14,7 @@ OPERATIONAL = ("log_every", "eval_every", "save_every", "keep", "overwrite", "da
 class TrainConfig(Section):
     """Pre-training with AdamW (Loshchilov & Hutter, arXiv 1711.05101)."""
 
-    NEEDS = (("start_step", "start"),)
+    NEEDS = {("start_step", "start"): "it is a step of the bundle to start from"}
 
     steps: int = setting(1000, "optimizer steps", low=1)
     batch_size: int = setting(8, "rows a step, over all devices", low=1)
@@ -83,8 +83,6 @@ class TrainConfig(Section):
                 f"batch_size={self.batch_size} is not a multiple of "
                 f"accumulation={self.accumulation}"
             )
-        if self.start_step is not None and not self.start:
-            raise UserError(f"start_step={self.start_step} goes with start, the path of a bundle")
 
 
 @dataclasses.dataclass(frozen=True)

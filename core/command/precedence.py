@@ -1,11 +1,11 @@
 """Precedence of the command line over the file, also for fields that exclude each other.
 
     class DecodeConfig(Section):
-        EXCLUSIVE = (("prompt", "prompts"),)  # one of them at most is set
-        NEEDS = (("draft", "speculate"),)     # draft is nothing without speculate
+        EXCLUSIVE = {("prompt", "prompts"): why}  # one of them at most is set
+        NEEDS = {("draft", "speculate"): why}     # draft is nothing without speculate
 
 `--config.decode.prompts=p.txt` then unsets a prompt of the file, `--config.decode.speculate=0` its
-draft. Two fields that are both typed are left for the section's own check to refuse.
+draft. Two fields that are both typed are left for the section to refuse.
 """
 
 import dataclasses

@@ -25,7 +25,7 @@ import numpy as np
 from core import sharding
 from core.config import UserError
 from infer import steps
-from infer.config import DRAWN, DecodeConfig
+from infer.config import AT_ITS_END, DRAWN, DRAWS_NOTHING, DecodeConfig
 from infer.engine import Engine
 from infer.prefix import PrefixCache, batch_dims, take
 from infer.programs import bucket
@@ -276,18 +276,10 @@ def decode(
 def check(config: DecodeConfig, rows: Sequence[Request], vocab_size: int) -> None:
     """UserError where beam search contradicts the `decode` section or the settings of a row."""
     if not config.beams:
-        if config.length_penalty != 1:
-            raise UserError(
-                f"decode.length_penalty={config.length_penalty} is of beam search: set beams too"
-            )
         return
     beams = f"decode.beams={config.beams}"
-    for field in ("stream", "speculate", "top_logprobs"):
-        if value := getattr(config, field):
-            raise UserError(
-                f"{beams} with {field}={value}: a text is known when the search has ended; set "
-                f"{field}={type(value)(0)}"
-            )
+    if config.stream:  # which it is unless a user says otherwise
+        raise UserError(f"{beams} with stream=True: {AT_ITS_END}; set stream=False")
     if config.beams > vocab_size:
         raise UserError(f"{beams} is more than the vocabulary of {vocab_size}: lower it")
     for row in rows:
@@ -295,8 +287,8 @@ def check(config: DecodeConfig, rows: Sequence[Request], vocab_size: int) -> Non
             value = getattr(row.how, field.name)
             if value != field.default:
                 raise UserError(
-                    f"{row.prompt.where}: {beams} with {field.name}={value}: beam search looks for "
-                    f"the likeliest text and draws nothing; leave {field.name} at {field.default}"
+                    f"{row.prompt.where}: {beams} with {field.name}={value}: {DRAWS_NOTHING}; "
+                    f"leave {field.name} at {field.default}"
                 )
         if row.how.n > config.beams:
             raise UserError(

@@ -7,25 +7,28 @@ import dataclasses
 import math
 from typing import Literal
 
-from core.config import Section, Unsupported, UserError, setting
+from core.config import Section, Unsupported, setting
 from model.attention.spec import AttentionSpec
 from model.config import ModelConfig
 
 Numbers = Literal["compute", "int8", "int4"]
 BITS = {"int8": 8, "int4": 4}
+FEW_BITS = "no compiler for TPUs writes so few bits to the host's memory"
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig(Section):
     """Frozen and hashable; the default keeps every key and value as it was computed."""
 
-    EXCLUSIVE = (
-        ("cache_host", "cache_pages"),
-        ("cache_host", "k_cache"),
-        ("cache_host", "v_cache"),
-        ("cache_pages", "cache_window"),
-    )
-    NEEDS = (("cache_sinks", "cache_window"),)
+    EXCLUSIVE = {
+        ("cache_host", "cache_pages"): "pages are read where they lie, and nothing on the device "
+        "reads the host's memory",
+        ("cache_host", "k_cache"): FEW_BITS,
+        ("cache_host", "v_cache"): FEW_BITS,
+        ("cache_pages", "cache_window"): "pages are chosen from the whole text, of which a window "
+        "keeps the end",
+    }
+    NEEDS = {("cache_sinks", "cache_window"): "sinks stay in sight beside a window"}
 
     k_cache: Numbers = setting(
         "compute", "keys are kept so; int8 and int4 with a scale for each vector of a head"
@@ -46,29 +49,6 @@ class CacheConfig(Section):
         0, "a new token reads so many pages of full layers, the likeliest (Quest); 0 is all", low=0
     )
     cache_page: int = setting(16, "with cache_pages: neighbouring tokens that make a page", low=1)
-
-    def check(self) -> None:
-        if self.cache_sinks and not self.cache_window:
-            raise UserError(
-                f"cache_sinks={self.cache_sinks} with cache_window=0: sinks stay in sight beside "
-                "a window; set cache_window too"
-            )
-
-        if self.cache_host and self.cache_pages:
-            raise Unsupported(
-                f"cache_host=True with cache_pages={self.cache_pages}: pages are read where they "
-                "lie, and nothing on the device reads the host's memory; set one of them to 0"
-            )
-        if self.cache_host and self._numbers:
-            raise Unsupported(
-                f"cache_host=True with k_cache={self.k_cache!r}, v_cache={self.v_cache!r}: no "
-                "compiler for TPUs writes so few bits to the host's memory; take 'compute' for both"
-            )
-        if self.cache_pages and self.cache_window:
-            raise UserError(
-                f"cache_pages={self.cache_pages} with cache_window={self.cache_window}: pages are "
-                "chosen from the whole text, of which a window keeps the end; set one of them to 0"
-            )
 
     @classmethod
     def of(cls, section: "CacheConfig") -> "CacheConfig":

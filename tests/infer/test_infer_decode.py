@@ -317,7 +317,7 @@ def test_refused_rows(bundle, tmp_path, lines, message):
     ("fields", "message"),
     [
         (dict(n=2), "temperature=0 with n=2"),
-        (dict(prompt="a", prompts="b.txt"), "prompt='a' and prompts='b.txt': give one"),
+        (dict(prompt="a", prompts="b.txt"), "prompt='a' with prompts='b.txt'"),
         (dict(stop=("a", "")), "stop=('a', '') holds an empty string"),
         (dict(max_tokens=0), "max_tokens=0 is out of range"),
         (dict(prompts="nowhere.txt"), "decode.prompts=nowhere.txt: there is no such file"),

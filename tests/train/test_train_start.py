@@ -163,7 +163,7 @@ WRONG = {  # model, train, what the message says
     ),
     "step": ({}, dict(start_step=5), ["step=5 is not in", "4, 8, 12"]),
     "no bundle": ({}, dict(start="nowhere"), ["train.start=nowhere", "config.json"]),
-    "no start": ({}, dict(start="", start_step=4), ["start_step=4 goes with start"]),
+    "no start": ({}, dict(start="", start_step=4), ["start_step=4 with start=''"]),
 }
 
 

@@ -70,8 +70,8 @@ def test_of_other_sections(parse):
 @pytest.mark.parametrize(
     ("decode", "typed", "message"),
     [
-        ("", ["decode.prompt=a", "decode.prompts=p.txt"], "prompt='a' and prompts='p.txt'"),
-        ('prompt="a", prompts="p.txt"', [], "prompt='a' and prompts='p.txt'"),
+        ("", ["decode.prompt=a", "decode.prompts=p.txt"], "prompt='a' with prompts='p.txt'"),
+        ('prompt="a", prompts="p.txt"', [], "prompt='a' with prompts='p.txt'"),
     ],
 )
 def test_two_that_are_typed_or_in_the_file_are_refused(parse, decode, typed, message):

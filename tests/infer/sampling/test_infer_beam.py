@@ -178,14 +178,14 @@ def test_the_command(bundle, tmp_path, monkeypatch, capsys):
     ("fields", "message"),
     [
         (dict(stream=True), "decode.beams=3 with stream=True"),
-        (dict(speculate=2), "decode.beams=3 with speculate=2"),
-        (dict(top_logprobs=2), "decode.beams=3 with top_logprobs=2"),
-        (dict(temperature=0.5), "decode.beams=3 with temperature=0.5: beam search looks for the"),
-        (dict(temperature=0.0), "decode.beams=3 with temperature=0.0"),
-        (dict(stop=("a",)), "decode.beams=3 with stop=('a',)"),
+        (dict(speculate=2), "beams=3 with speculate=2"),
+        (dict(top_logprobs=2), "beams=3 with top_logprobs=2"),
+        (dict(temperature=0.5), "beams=3 with temperature=0.5: beam search looks for the"),
+        (dict(temperature=0.0), "beams=3 with temperature=0.0"),
+        (dict(stop=("a",)), "beams=3 with stop=('a',)"),
         (dict(n=4), "n=4 with decode.beams=3"),
         (dict(beams=291), "decode.beams=291 is more than the vocabulary of 290"),
-        (dict(beams=0, length_penalty=0.5), "decode.length_penalty=0.5 is of beam search"),
+        (dict(beams=0, length_penalty=0.5), "length_penalty=0.5 with beams=0"),
     ],
 )
 def test_refused(bundle, monkeypatch, fields, message):

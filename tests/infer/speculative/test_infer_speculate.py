@@ -233,8 +233,8 @@ def test_refused(bundles, monkeypatch):
     monkeypatch.setattr(load, "restore", None)
     draft, other = map(str, bundles[1:])
     for fields, message in (
-        (dict(draft=draft), "with speculate=0 guesses nothing"),
-        (dict(draft_step=3), "draft_step=3 is of no draft"),
+        (dict(draft=draft), "with speculate=0: a draft guesses the tokens"),
+        (dict(draft_step=3), "draft_step=3 with draft=''"),
         (dict(speculate=2, draft="nowhere"), "nowhere is no bundle"),
         (dict(speculate=2, draft=other, max_tokens=9), "has another vocabulary (320 ids, no tok"),
         (dict(speculate=2, draft=draft, max_tokens=40), "reads model.context=32 tokens, but a"),

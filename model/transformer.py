@@ -162,10 +162,10 @@ class Transformer(nnx.Module):
             if x.blocks is None:
                 return x
             size, step = (spec.compress, spec.step) if spec.kind == "nsa" else (spec.block,) * 2
-            number_LBE, segments_LBE = x.blocks.at
-            is_whole_LBE = number_LBE * step + size <= end_B1[None]
-            blocks = x.blocks._replace(at=Positions(number_LBE, segments_LBE * is_whole_LBE))
-            return x._replace(blocks=blocks)
+            at = x.blocks.at
+            is_whole_LBE = at.positions_BT * step + size <= end_B1[None]
+            at = at._replace(segments_BT=at.segments_BT * is_whole_LBE)
+            return x._replace(blocks=x.blocks._replace(at=at))
 
         return [whole(x, spec) for x, spec in zip(new, specs, strict=True)]
 

@@ -87,12 +87,12 @@ def collect(workdir: Path) -> dict[str, Any]:
 
 
 def by_kind(models: dict[str, Any], rope: str) -> dict[str, list[dict[str, Any]]]:
-    """For each kind of attention its rows by length, with RoPE extended in this way."""
+    """Returns the rows of each kind of attention by length, with RoPE extended in this way."""
     return {name: [r for r in models[name]["rows"] if r["rope"] == rope] for name in KINDS}
 
 
 def by_rope(models: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """For each way to extend the full model its rows by length."""
+    """Returns the rows of the full model by length, for each way to extend it."""
     rows = models["full"]["rows"]
     names = dict.fromkeys(row["rope"] for row in rows)
     found = {name: [row for row in rows if row["rope"] == name] for name in names}

@@ -1,4 +1,4 @@
-"""How fast a CPU reads weights to multiply one row: GB/s of each way to write the product.
+"""GB/s at which a CPU reads weights to multiply one row, for each way to write the product.
 
     python -m bench.one_row
 

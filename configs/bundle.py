@@ -22,20 +22,8 @@ from core.sharding import MeshConfig
 from data.config import DataConfig
 from evals.config import BenchConfig
 from infer.config import DecodeConfig, ScoreConfig
-from model.config import ModelConfig
+from model.config import TINY, ModelConfig
 from train.config import TrainConfig
-
-TINY = ModelConfig(
-    vocab_size=512,
-    context=512,
-    num_layers=2,
-    embed_dim=32,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    mlp_dim=64,
-    dtype="float32",
-)
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -117,7 +117,7 @@ def short(config: ConfigDict) -> None:
 
 
 def goes_on(config: ConfigDict, name: str) -> None:
-    """From what was learned at an eighth of the length, in the same words; texts are long now."""
+    """Continues from the first stage in the same words, on texts of the full length."""
     config.data.recall_shortest = config.data.recall_tokens // 2
     config.train.start = f"runs/lab-{name}"
     config.data.tokenizer = f"runs/lab-{name}/tokenizer"

@@ -98,7 +98,7 @@ def rows_before(
 
 
 def documents_of(store: TokenStore, rows: Sequence[int], length: int) -> list[list[str]]:
-    """For each row the names of the documents in it, to say where a loss went wrong."""
+    """Returns the names of the documents in each row, to say where a loss went wrong."""
     names = store.names()
     spans = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""How far a model sees, how fast, and at what cost."""
+"""Evaluation: how far a model sees, how fast, and at what cost."""
 
 from core.command import environment, interrupt
 

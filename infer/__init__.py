@@ -1,4 +1,4 @@
-"""From a bundle to text and scores."""
+"""Inference: text and scores from a bundle."""
 
 from core.command import environment, interrupt
 

@@ -24,7 +24,7 @@ class BundleSection(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Weights(Section):
-    """How the weights are held."""
+    """The form in which weights are held."""
 
     NEEDS = {("weights_group", "weights"): "it is of int8 and int4"}
 

@@ -187,7 +187,7 @@ class StreamPrinter:
                 return
 
     def _begin(self, row: Request) -> None:
-        """On a terminal the prompt stands, dimmed, before its text."""
+        """Writes the prompt, dimmed, before its text, if this is a terminal."""
         self._begun = True
         if self._stderr.is_terminal:
             prompt = row.prompt.text

@@ -75,9 +75,9 @@ def extend(
 ) -> tuple[Prefilled, jax.Array | None]:
     """One prefill step; up to `new_B` tokens will follow those of the rows.
 
-    Beside what comes after the chunk: the log-probability [B, T] of each target after its token,
-    if any are given. Where the length is sharded the chunk is dealt to the shards; `cache.collect`
-    puts in order what comes of it.
+    Returns the state after the chunk and, if `targets_BT` is given, the log-probability [B, T] of
+    each target after its token. A sharded length deals the chunk to its shards; `cache.collect`
+    puts these log-probabilities in order.
     """
     tokens_BT, start, length_B, until_BT, end = chunk
     at_BT = tokens_BT * 0 + (start + jnp.arange(tokens_BT.shape[1]))[None, :]

@@ -84,3 +84,17 @@ class ModelConfig(Section):
     @property
     def compute_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.dtype)
+
+
+# The sizes of `:tiny` experiments whose model is to be named by the user.
+TINY = ModelConfig(
+    vocab_size=512,
+    context=512,
+    num_layers=2,
+    embed_dim=32,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    mlp_dim=64,
+    dtype="float32",
+)

@@ -115,7 +115,7 @@ def report(name: str, model: ModelConfig, options: DescribeConfig) -> dict[str, 
 
 
 def flops_row(model: ModelConfig, context: int) -> dict[str, float]:
-    """By what the masks let a token see, and as if it saw all."""
+    """Returns FLOPs by the keys that masks let a token see, and as if it saw all."""
     row = {"context": context}
     for work in ("training", "forward", "decode"):
         count = vars(flops)[f"{work}_flops_per_token"]

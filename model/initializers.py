@@ -1,4 +1,4 @@
-"""How parameters are made: random or constant, stacked over layers, born where they live."""
+"""Initial parameters: random or constant, stacked over layers, born where they live."""
 
 import dataclasses
 import functools

@@ -75,8 +75,8 @@ def make_train_step(
                     jnp.add, total, gradient(state.model, microbatch, num_tokens)
                 ), None
 
-            names, _ = jax.eval_shape(gradient, state.model, batch, num_tokens)
-            zeros = dict.fromkeys(names, jnp.float32(0))
+            _, sums = jax.eval_shape(lambda m: objective(m, batch, config.remat), state.model)
+            zeros = dict.fromkeys(sums, jnp.float32(0))
             start = zeros, jax.tree.map(jnp.zeros_like, state.model)
             (means, grads), _ = jax.lax.scan(add, start, _microbatches(batch, config, rules))
         parameters, grads = tree.named_leaves(state.model), tree.named_leaves(grads)

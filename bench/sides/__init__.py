@@ -1,1 +1,1 @@
-"""What is compared, each in a process of its own."""
+"""The sides of each comparison, each in a process of its own."""

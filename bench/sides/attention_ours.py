@@ -31,13 +31,13 @@ def ours(
 
 
 def compressors(width: int) -> tuple[nsa.Compressor, nsa.Compressor]:
-    """Of K and of V, as good as untrained."""
+    """Returns compressors of K and of V, as good as untrained."""
     places, square = jnp.zeros((spec.nsa().compress, width)), jnp.eye(width) / 8
     return (nsa.Compressor(places, square, square),) * 2
 
 
 def theirs(on: str, window: int, *qkv: jax.Array) -> jax.Array:
-    """On the one device of the mesh, whose axes it does not know."""
+    """Runs JAX's own attention on the one device of the mesh, whose axes it does not know."""
     place = training()("batch", "length", "act_heads", None)
     how = dict(local_window_size=(window - 1, 0)) if window else {}
     if on == "gpu":

@@ -37,7 +37,7 @@ def model_config(dtype: str) -> ModelConfig:
 
 
 def filled(cache: KVCache, context: int) -> KVCache:
-    """As if it had read so many tokens, whose keys and values are zeros."""
+    """Returns the cache as if it had read `context` tokens, whose keys and values are zeros."""
     slots = []
     for slot in cache.slots:
         at_S = jnp.arange(slot.positions_BS.shape[1])

@@ -101,7 +101,7 @@ def frequent_words(kind: str, label: str, length: int) -> Task:
 
 
 def frequencies(count: int, ranks: int) -> list[int]:
-    """How often each rank appears: count / (rank^2 zeta(2)), rounded down.
+    """Returns the frequency of each rank: count / (rank^2 zeta(2)), rounded down.
 
     Of a small count, the largest below it for which the fourth rank is ahead of the fifth.
     """

@@ -1,1 +1,1 @@
-"""From logits to tokens: settings of a row, the sampler, beam search, log-probabilities."""
+"""Sampling: settings of a row, logits to tokens, beam search, log-probabilities."""

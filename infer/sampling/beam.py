@@ -234,7 +234,7 @@ class Search:
 
 
 def asked(rows: Sequence[Request], beams: int) -> list[Request]:
-    """For each prompt its first row, `beams` times."""
+    """Returns the first row of each prompt, `beams` times."""
     return [row for row in rows if row.sample == 0 for _ in range(beams)]
 
 

@@ -1,4 +1,4 @@
-"""From logits to a token, row by row in float32. The order is that of vLLM V1:
+"""Draws a token from logits, row by row in float32. The order is that of vLLM V1:
 
     allowed_tokens     the logits of all others become -inf
     banned_tokens      these become -inf

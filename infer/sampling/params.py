@@ -1,4 +1,4 @@
-"""How the tokens of a row are drawn: what a user sets, and the arrays of a batch of it.
+"""Settings of sampling: those of one row, and the arrays of a batch of them.
 
     packed = pack([Sampling(temperature=0), Sampling(temperature=0.8, top_p=0.95, seed=3)])
 
@@ -21,7 +21,7 @@ HIGHEST_BIAS = 100.0  # as in vLLM, more counts as this
 
 @dataclasses.dataclass(frozen=True)
 class Sampling(Section):
-    """How one row goes on; a line of decode.prompts may set any of these for itself."""
+    """Settings of one row; a line of decode.prompts may set any of these for itself."""
 
     temperature: float = setting(1.0, "divides the logits; 0 is greedy", low=0, high=2)
     top_k: int = setting(0, "keep the k likeliest tokens; 0 is off", low=0, high=NO_ID)

@@ -304,7 +304,7 @@ class Speculator:
         return now, tuple(out)
 
     def summary(self) -> str:
-        """How many of the guesses were right, and how many tokens a row had of a step."""
+        """Tells the share of right guesses, and the tokens that a row had of a step."""
         guesses, right, steps = self.tally.tolist()
         return (
             f"{right} of {guesses} guesses right ({right / max(guesses, 1):.0%}), "

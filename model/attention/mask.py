@@ -228,7 +228,7 @@ class _Near(Mask):
         raise NotImplementedError
 
     def count_near(self, q: np.ndarray) -> np.ndarray:
-        """How many keys at 0 .. q are near each query at q."""
+        """Counts the keys at 0 .. q that are near each query at q."""
         raise NotImplementedError
 
     @property

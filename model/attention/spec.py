@@ -208,5 +208,5 @@ def nsa(
 
 
 def stream(window: int, sinks: int, **fields) -> AttentionSpec:
-    """How a cache of `window` + `sinks` tokens is read for texts without end (StreamingLLM)."""
+    """Reading a cache of `window` + `sinks` tokens for texts without end (StreamingLLM)."""
     return AttentionSpec(kind="stream", window=window, sinks=sinks, **fields)

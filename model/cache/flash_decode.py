@@ -95,7 +95,7 @@ class Shard(NamedTuple):
         return Shard(jax.lax.axis_index(axes) if axes else 0, rules.size("kv_length"))
 
     def count(self, tokens: jax.Array) -> jax.Array:
-        """How many of the first `tokens` tokens of a text are kept here."""
+        """Counts those of the first `tokens` tokens of a text that are kept here."""
         return (tokens + self.size - 1 - self.index) // self.size
 
 

@@ -57,7 +57,7 @@ class CacheConfig(Section):
 
     @property
     def name(self) -> str:
-        """For tables: "int8", "k8v4"; "plain" if nothing is special."""
+        """The name in tables: "int8", "k8v4"; "plain" if nothing is special."""
         stream = f"stream {self.cache_window}+{self.cache_sinks}" * bool(self.cache_window)
         quest = f"quest {self.cache_pages}x{self.cache_page}" * bool(self.cache_pages)
         host = "host" * self.cache_host

@@ -63,8 +63,10 @@ def levels(held: KVArray, dtype: jnp.dtype) -> jax.Array:
 
 
 def product_dtype(held: KVArray, dtype: jnp.dtype) -> jnp.dtype:
-    """In which it is multiplied with what is `dtype`: its own, where it has one. CPUs have kernels
-    for float32 alone.
+    """Returns the dtype in which `held` is multiplied with an array of `dtype`.
+
+    Plain arrays keep their own. Quantised ones take `dtype`, or float32 on CPUs, which have no
+    other fast kernel.
     """
     if isinstance(held, QuantisedKV):
         return jnp.dtype(jnp.float32) if device_kind() == "cpu" else dtype

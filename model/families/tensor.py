@@ -1,4 +1,4 @@
-"""How the tensors of a checkpoint hold our parameters: names, shapes, and both ways between them.
+"""The map between the tensors of a checkpoint and our parameters: names, shapes, both ways.
 
 A checkpoint's linear layer multiplies by weight [out, in]; ours are [in, out], heads apart.
 """
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Layout(NamedTuple):
-    """How one tensor of a checkpoint holds parameters of ours."""
+    """The layout in which one tensor of a checkpoint holds parameters of ours."""
 
     shape: tuple[int, ...]  # of the checkpoint's tensor
     split: Callable[[np.ndarray], tuple[np.ndarray, ...]]  # checkpoint -> ours, views where it can

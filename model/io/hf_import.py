@@ -34,7 +34,7 @@ STEP = 0  # of the bundle
 
 
 def plan(tensors: list[Tensor]) -> dict[str, list[tuple[Tensor, int]]]:
-    """For each parameter the tensors that hold it, by layer, and its place in `params`."""
+    """Returns the tensors that hold each parameter, by layer, and its place in `params`."""
     found: dict[str, list[tuple[Tensor, int]]] = {}
     for tensor in tensors:
         for i, name in enumerate(tensor.params):

@@ -33,7 +33,7 @@ ROWS = 1024  # rows of a table at a time, for the same reason
 
 
 class QuantConfig(NamedTuple):
-    """How weights are rounded."""
+    """Settings of rounded weights."""
 
     bits: int  # 8 or 4
     group: int = 0  # inputs that share a scale; 0 is all of them

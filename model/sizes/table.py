@@ -56,7 +56,7 @@ def title(report: dict[str, Any]) -> str:
 
 
 def parameters(report: dict[str, Any]) -> Table:
-    """By part; a layer's are given once where all slots of the pattern agree."""
+    """Lines of parameters by part; a layer's stand once where all slots of the pattern agree."""
     table = grid("parameters", "part", "all", "share", "a layer")
     counted = report["parameters"]
     for name, part in counted["parts"].items():
@@ -71,7 +71,7 @@ def parameters(report: dict[str, Any]) -> Table:
 
 
 def flops(report: dict[str, Any]) -> Table:
-    """By context, both conventions."""
+    """Lines of FLOPs by context, in both conventions."""
     heads = [f"{work} {keys}" for work in ("training", "forward", "decode") for keys in SEEN]
     table = grid("FLOPs per token", "context", *heads)
     for row in report["flops_per_token"]:

@@ -1,4 +1,4 @@
-"""From each process's rows to one global Batch on the mesh."""
+"""Makes each process's rows one global Batch on the mesh."""
 
 import jax
 from jax.sharding import NamedSharding

@@ -267,7 +267,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def effective(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """By RULER's rule, for rows of a case: {"length", "kinds", "scores", ...}; {} without any.
+    """Applies RULER's rule to rows of a case: {"length", "kinds", "scores", ...}; {} without any.
 
     Lengths at which a kind has no sample are left out. Less than 13 kinds is less than RULER asks.
     """

@@ -1,4 +1,4 @@
-"""How the report draws: one palette, one kind of axes, PNG files written whole.
+"""The report's style of drawing: one palette, one kind of axes, PNG files written whole.
 
 Colours are Okabe and Ito's: told apart by every eye, and in print by their markers.
 """

@@ -1,4 +1,4 @@
-"""How the heads that choose for themselves are laid out: the lanes of picked.py and picked_tpu.py.
+"""The layout of heads that choose for themselves: the lanes of picked.py and picked_tpu.py.
 
     lanes = Lanes(q_BTNH, k_BSKH, pairs)
     out_BTNH, lse_BTN = lanes.map(f, slope_N, q_BTNH)
@@ -13,7 +13,7 @@ from model.attention.block_topk.pairs import RoutingPairs
 
 
 class Lanes:
-    """How queries [B, T, N, ...] are cut into lanes [X, T, G, ...], and joined again."""
+    """Cuts queries [B, T, N, ...] into lanes [X, T, G, ...], and joins them again."""
 
     def __init__(self, q_BTNH: jax.Array, k_BSKH: jax.Array, pairs: RoutingPairs):
         self.B, _, N, _ = q_BTNH.shape

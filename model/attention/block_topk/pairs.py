@@ -55,7 +55,7 @@ class RoutingPairs(NamedTuple):
 
     @staticmethod
     def of(chosen_BTMC: jax.Array, at: Positions) -> "RoutingPairs":
-        """From the blocks that each query chose, -1 for none, and where it is."""
+        """Builds the pairs from the blocks that each query chose, -1 for none, and its position."""
         B, T, M, C = chosen_BTMC.shape
         # What was not chosen comes after all keys, and so is never met.
         is_chosen_BTMC = (chosen_BTMC >= 0) & (at.segments_BT > 0)[..., None, None]

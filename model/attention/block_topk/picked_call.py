@@ -53,7 +53,7 @@ class GatheredCall(NamedTuple):
 
     @staticmethod
     def of(pair: MaskedKernel, G: int, tile: int, block: int, *, alibi: bool) -> "GatheredCall":
-        """For tiles of so many pairs."""
+        """Builds the call for tiles of `tile` pairs."""
         parts = pl.cdiv(block, KEYS)
         around = pl.cdiv(block + ALIGN - 1, ALIGN)
         how = GatheredParams(pair.scale, pair.softcap, alibi, G, tile, parts)

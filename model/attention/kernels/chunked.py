@@ -174,7 +174,7 @@ def backward(
 
 
 class _Tiling:
-    """How [B, length, heads, ...] is cut into groups of lanes and blocks, and joined again."""
+    """Cuts [B, length, heads, ...] into groups of lanes and blocks, and joins them again."""
 
     def __init__(self, q_shape: tuple[int, ...], k_shape: tuple[int, ...], mask: Mask):
         self.B, self.T, N, _ = q_shape

@@ -145,7 +145,7 @@ def by_keys(q_shape, k_shape, R: int, C: int):
 def tile_lists(
     mask, q_at: Positions, k_at: Positions, R: int, C: int, by_keys: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """For each query block its key blocks, int32 [B, Y, Z]: first those where all pairs count.
+    """Returns the key blocks of each query block, int32 [B, Y, Z]: first those seen whole.
 
     And how many those are, and how many count at all: [B, Y, 2]. Turned for lists by keys.
     """

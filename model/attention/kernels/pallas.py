@@ -1,4 +1,4 @@
-"""How Pallas kernels are called: compiled on their platform, interpreted on others.
+"""Calls of Pallas kernels: compiled on their platform, interpreted on others.
 
     out, lse = call("tpu", run, count, q, k)    # run(count, q, k, interpret=...): a pallas_call
 

@@ -61,7 +61,7 @@ def scores(
     k_at: Positions,
     masked: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """From q k^T: scores in base 2, -inf where the mask rules; with a soft-cap the tanh in them.
+    """Turns q k^T into scores in base 2, -inf where the mask rules; and the tanh of a soft-cap.
 
     Queries x keys or keys x queries, as `q_at` and `k_at` stand: [R, 1] and [1, C], or turned.
     They are not looked at where there is neither a mask to evaluate nor ALiBi.
@@ -92,5 +92,5 @@ def slopes(slope_N: jax.Array | None, N: int) -> jax.Array:
 
 
 def base_2(lse_BTN: jax.Array) -> jax.Array:
-    """For a backward pass. 2 ** (score - inf) is 0: nothing comes back to who saw nothing."""
+    """Returns lse in base 2, inf for queries that saw nothing: 2 ** (score - inf) is 0."""
     return jnp.where(jnp.isneginf(lse_BTN), jnp.inf, lse_BTN * LOG2_E)

@@ -7,24 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("core", "data", "model", "train", "infer", "evals", "configs", "bench")
-NEVER = set(
-    [
-        "Of",
-        "As",
-        "With",
-        "What",
-        "That",
-        "Those",
-        "Which",
-        "Where",
-        "In",
-        "From",
-        "For",
-        "By",
-        "On",
-        "How",
-    ]
-)
+NEVER = {"Of", "As", "With", "What", "That", "Those", "Which", "Where", "How"}
+NEVER |= {"In", "From", "For", "By", "On"}
 THINGS = ast.Module, ast.ClassDef, ast.FunctionDef
 
 
